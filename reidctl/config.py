@@ -96,8 +96,17 @@ def load_recipe(source: str | Path | None, overrides: Iterable[str] = ()) -> dic
         _apply(recipe, override)
     for section in recipe:
         if section not in SECTIONS:
-            raise UsageError(f"Unknown recipe section `{section}`.", hint=_nearest(section, SECTIONS, "recipe"))
+            raise UsageError(f"Unknown recipe section `{section}`.", hint=_nearest(str(section), SECTIONS, "recipe"))
+        _check_section(section, recipe[section])
     return recipe
+
+
+def _check_section(name: str, value: Any) -> None:
+    if name == "seed":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise UsageError(f"Setting `seed`: a whole number from 0 is needed (got {value!r}).")
+    elif name != "about" and value is not None and not isinstance(value, dict):
+        raise UsageError(f"Recipe section `{name}` must hold settings as `key: value` (got {value!r}).")
 
 
 def recipe_names() -> list[str]:
@@ -111,7 +120,10 @@ def _read_recipe(source: str | Path) -> dict[str, Any]:
 
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"Recipe {source} is not a text file.", hint="Give a YAML file in UTF-8.") from None
     elif str(source) in recipe_names():
         text = (resources.files("reidctl") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     else:
@@ -119,7 +131,8 @@ def _read_recipe(source: str | Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UsageError(f"Recipe {source} is not valid YAML: {error}.") from None
+        why = " ".join(str(error).split())
+        raise UsageError(f"Recipe {source} is not valid YAML: {why}.", hint="Correct the file.") from None
     if not isinstance(recipe, dict):
         raise UsageError(f"Recipe {source} must be a mapping of sections.")
     return recipe

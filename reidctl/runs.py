@@ -49,7 +49,7 @@ class Run:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError):
-            raise DataError(f"{path} is damaged.", hint=f"Run `reidctl {stage} --force` again.") from None
+            raise DataError(f"{path} is damaged.", hint="Run the stage again with --force.") from None
         found = record.get("format") if isinstance(record, dict) else None
         if found != FORMAT:
             raise DataError(
@@ -127,8 +127,13 @@ class Run:
         return record
 
     def unfinish(self, stage: str) -> None:
-        """Remove a stage's record before its outputs change: a half-redone stage must not look finished."""
+        """Remove a stage's record before its outputs change: a half-redone stage must not look finished.
+
+        Temporary files that a killed process could not remove go too.
+        """
         (self.stage_dir(stage) / "stage.json").unlink(missing_ok=True)
+        for stale in self.stage_dir(stage).rglob(".*.tmp"):
+            stale.unlink(missing_ok=True)
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -179,5 +184,8 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None  # a checkout without git, as in a slim container
     return result.stdout.strip() or None

@@ -229,7 +229,8 @@ class TableWriter:
         try:
             self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         except OSError as error:
-            raise DataError(f"Cannot write {self.path}: {_first_line(error)}.") from None
+            self._temporary.unlink(missing_ok=True)
+            raise DataError(f"Cannot write {self.path}: {_first_line(error)}.", hint="Is the disk full?") from None
         return self
 
     def write(self, frame: pd.DataFrame | pa.Table) -> None:
@@ -259,9 +260,13 @@ class TableWriter:
         wrong = np.flatnonzero(~(np.abs(norms - 1.0) < 1e-3))
         if len(wrong):
             item = table.column("item_id")[int(wrong[0])].as_py()
-            raise DataError(f"The embedding of {item} has length {norms[wrong[0]]:.4g}, not 1 ({len(wrong)} such rows).")
+            raise DataError(
+                f"The embedding of {item} has length {norms[wrong[0]]:.4g}, not 1 ({len(wrong)} such rows)."
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._writer is not None
         try:
             self._writer.close()

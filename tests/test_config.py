@@ -62,7 +62,7 @@ def test_a_recipe_that_is_no_recipe_is_a_usage_error(tmp_path, text):
 
 
 def test_an_unknown_section_names_the_nearest_one():
-    with pytest.raises(UsageError, match="`trian`.*`train`"):
+    with pytest.raises(UsageError, match=r"`trian`.*`train`"):
         load_recipe(None, ["trian.epochs=3"])
 
 
