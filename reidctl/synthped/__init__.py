@@ -1,0 +1,1 @@
+"""The rendered benchmark: people, clothes, cameras and captions with known truth."""
