@@ -1,0 +1,319 @@
+"""What every reader of a dataset shares: entries, safe paths, image facts, splits and the comparison with a release.
+
+A reader parses annotations into a `Draft` (fast, opens no image); `measure` then opens every image once and makes
+the tables. Between the two, the import stage can decide that nothing changed.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from reidctl import tables
+from reidctl.console import log, progress
+from reidctl.errors import DataError
+
+SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+# Anything larger is a decompression bomb, not a picture of a person.
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 << 20
+# Futures waiting at once: keeps memory flat for a million images.
+_WINDOW = 2048
+_CODE = re.compile(
+    r"</?[a-z]+[ >/]|\b\w+\.\w+\(|\w\(\)|[{}]|;\s*$|\b(?:def|import|return|None|nan|null)\b[ :(]?$|[=!]="
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose when importing.
+
+    Attributes:
+        seed: of every random choice (splits, carve-out).
+        carve_val: people moved from train to val.
+        skip_bad: leave unreadable images out and count them, instead of stopping at the first.
+        name: the dataset's name in ids; None: the format's, folder's or file's own.
+        fractions: share of people in (train, val, test) where the source has no splits; None: 0.7, 0.1, 0.2.
+        images: folder that relative image paths of a table start from; None: the table's folder.
+        workers: threads that open images.
+    """
+
+    seed: int = 0
+    carve_val: int = 0
+    skip_bad: bool = False
+    name: str | None = None
+    fractions: tuple[float, float, float] | None = None
+    images: Path | None = None
+    workers: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image of a dataset, before it was opened.
+
+    Attributes:
+        key: the image's name inside the dataset; its id is `<dataset>:<key>`.
+        person: the raw person id; the table's is `<dataset>:<person>`.
+        texts: (kind, text, conditioned_on), in order.
+    """
+
+    key: str
+    path: Path
+    split: str
+    person: str
+    role: str | None = None
+    camera: str | None = None
+    outfit: str | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    texts: Sequence[tuple[str, str, str]] = ()
+
+
+@dataclass
+class Draft:
+    """A dataset as its annotations tell it.
+
+    Attributes:
+        dataset: the name in ids.
+        annotation: the file the entries come from; None where file names are the annotation.
+        notes: sentences for the user.
+        known_people: whether equal person ids mean the same person (without them there are no metrics).
+    """
+
+    dataset: str
+    entries: list[Entry]
+    annotation: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    known_people: bool = True
+
+
+@dataclass
+class Imported:
+    """The two tables of a dataset, and what the user should know about them."""
+
+    images: pd.DataFrame
+    captions: pd.DataFrame
+    notes: list[str]
+
+
+def find_root(root: Path, inner: str, marker: str) -> Path:
+    """Return the folder that holds `marker`: `root` itself or `root/inner`.
+
+    Raises:
+        DataError: neither does.
+    """
+    for folder in (root, root / inner):
+        if (folder / marker).exists():
+            return folder
+    raise DataError(
+        f"Neither {root} nor {root / inner} holds `{marker}`.", hint="docs/datasets.md shows the expected folder tree."
+    )
+
+
+def safe_join(root: Path, text: str, where: str) -> Path:
+    """Return `root/text`, absolute, for a path that a file dictates.
+
+    Links are followed: they were made on this machine (datasets are often linked from another disk); names that
+    climb out of the folder were not.
+
+    Raises:
+        DataError: the path is empty, holds a NUL byte, or leads out of `root`.
+    """
+    name = text.strip().replace("\\", "/")
+    if not name or "\0" in name:
+        raise DataError(f"{where}: {text!r} is not a file name.")
+    base = root.absolute()
+    path = base / name
+    if ".." in path.relative_to(path.anchor).parts[len(base.parts) - 1 :] or not path.is_relative_to(base):
+        raise DataError(
+            f"{where}: the path {text!r} leads outside {root}.",
+            hint="Paths are relative to the dataset's image folder and stay inside it.",
+        )
+    return path
+
+
+def measure(draft: Draft, options: Options) -> Imported:
+    """Open every image once and return the tables; memory grows with rows, not with pixels.
+
+    Raises:
+        DataError: no image, an id twice, a person in two splits, or (unless `skip_bad`) an unreadable image.
+    """
+    _check(draft)
+    notes = list(draft.notes)
+    kept: list[Entry] = []
+    facts: list[tuple[int, int, str]] = []
+    bad: list[str] = []
+    with progress("read images", len(draft.entries)) as advance:
+        for entry, found in zip(draft.entries, _facts([e.path for e in draft.entries], options.workers), strict=True):
+            advance()
+            if not isinstance(found, DataError):
+                kept.append(entry)
+                facts.append(found)
+            elif options.skip_bad:
+                bad.append(found.message)
+            else:
+                raise found
+    if not kept:
+        raise DataError(f"None of the {len(bad)} images of {draft.dataset} can be read.", hint=bad[0])
+    if bad:
+        notes.append(f"{len(bad)} unreadable image(s) left out, the first: {bad[0]}")
+    captions = _captions(draft.dataset, kept)
+    notes += _suspicious(captions)
+    return Imported(_images(draft.dataset, kept, facts), captions, notes)
+
+
+def _facts(paths: Sequence[Path], workers: int) -> Iterator[tuple[int, int, str] | DataError]:
+    # Threads suffice: hashing and decoding release the interpreter lock.
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for start in range(0, len(paths), _WINDOW):
+            yield from pool.map(_facts_or_error, paths[start : start + _WINDOW])
+
+
+def _facts_or_error(path: Path) -> tuple[int, int, str] | DataError:
+    try:
+        return image_facts(path)
+    except DataError as error:
+        return error
+
+
+def image_facts(path: Path) -> tuple[int, int, str]:
+    """Return (width, height, sha256 of the file) of an image that decodes to its last row.
+
+    Raises:
+        DataError: missing, a link without end, not a regular file, not an image, truncated, or absurdly large.
+    """
+    hint = "Replace the file, or import with --skip-bad."
+    try:
+        # A pipe or a device would block or never end.
+        if not path.is_file():
+            raise DataError(f"Image {path} does not exist or is not a regular file.", hint=hint)
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"Image {path} is larger than {MAX_BYTES >> 20} MiB.", hint=hint)
+        content = path.read_bytes()
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter("ignore")
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"Image {path} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS:,}.", hint=hint
+                )
+            image.load()
+            return image.width, image.height, hashlib.sha256(content).hexdigest()
+    except Image.DecompressionBombError:
+        raise DataError(f"Image {path} has absurdly many pixels; the limit is {MAX_PIXELS:,}.", hint=hint) from None
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = str(error).splitlines()[0].replace("<_io.BytesIO object", "").split(" at 0x")[0]
+        raise DataError(f"Image {path} cannot be read ({reason.strip()}).", hint=hint) from None
+
+
+def _check(draft: Draft) -> None:
+    if not draft.entries:
+        raise DataError(f"The dataset {draft.dataset} has no images.", hint="Is this the right folder?")
+    key, count = Counter(entry.key for entry in draft.entries).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"Image {key} of {draft.dataset} is listed {count} times.")
+    split_of: dict[str, str] = {}
+    for entry in draft.entries:
+        first = split_of.setdefault(entry.person, entry.split)
+        if first != entry.split:
+            raise DataError(
+                f"Person {entry.person} of {draft.dataset} is in two splits, {first} and {entry.split} ({entry.key}).",
+                hint="A person belongs to one split, or training sees the people it is tested on.",
+            )
+
+
+def _images(dataset: str, entries: Sequence[Entry], facts: Sequence[tuple[int, int, str]]) -> pd.DataFrame:
+    widths, heights, hashes = zip(*facts, strict=True)
+    return pd.DataFrame(
+        {
+            "image_id": [f"{dataset}:{e.key}" for e in entries],
+            "path": [e.path.as_posix() for e in entries],
+            "dataset": dataset,
+            "split": [e.split for e in entries],
+            "role": [e.role for e in entries],
+            "person_id": [f"{dataset}:{e.person}" for e in entries],
+            "camera_id": [e.camera for e in entries],
+            "outfit_id": [e.outfit for e in entries],
+            "width": widths,
+            "height": heights,
+            "sha256": hashes,
+            "attributes": [dict(e.attributes) or None for e in entries],
+        }
+    )
+
+
+def _captions(dataset: str, entries: Sequence[Entry]) -> pd.DataFrame:
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("caption_id", "image_id", "kind", "source", "conditioned_on", "text", "status")
+    }
+    for entry in entries:
+        image_id = f"{dataset}:{entry.key}"
+        for number, (kind, text, conditioned_on) in enumerate(entry.texts):
+            name = str(number) if kind == "full" else kind
+            values = (f"{image_id}#{name}", image_id, kind, "human", conditioned_on, text, "ok")
+            for column, value in zip(rows.values(), values, strict=True):
+                column.append(value)
+    return pd.DataFrame(rows) if rows["text"] else tables.empty("captions")
+
+
+def _suspicious(captions: pd.DataFrame) -> list[str]:
+    """Captions that look like program text: known to occur in published annotation files."""
+    found = captions[captions["text"].astype(str).str.contains(_CODE)]
+    if not len(found):
+        return []
+    first = found.iloc[0]
+    return [f"{len(found)} caption(s) look like code, the first: {first['caption_id']}: {str(first['text'])[:80]!r}"]
+
+
+def compare_counts(entries: Sequence[Entry], official: Mapping[str, tuple[int, int, int]], what: str) -> list[str]:
+    """Return one note for every split whose (people, images, captions) differ from the release's.
+
+    The difference is logged as a warning too: numbers measured on it do not compare with published ones.
+    """
+    notes = []
+    for split, expected in official.items():
+        rows = [entry for entry in entries if entry.split == split]
+        texts = sum(kind == "full" for entry in rows for kind, _, _ in entry.texts)
+        counted = (len({entry.person for entry in rows}), len(rows), texts)
+        if counted != expected:
+            notes.append(
+                f"{what} {split}: found {counted[0]:,} people, {counted[1]:,} images, {counted[2]:,} captions; the "
+                f"release has {expected[0]:,}, {expected[1]:,}, {expected[2]:,}. Published numbers do not compare."
+            )
+    for note in notes:
+        log.warning(note)
+    return notes
+
+
+def listing_digest(draft: Draft) -> str:
+    """Return the sha256 over name, size and time of change of every image; opens none."""
+    state = hashlib.sha256()
+    for entry in draft.entries:
+        try:
+            facts = entry.path.stat()
+            line = f"{entry.path}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
+        except OSError:
+            line = f"{entry.path}\0missing\n"
+        state.update(line.encode("utf-8", "surrogateescape"))
+    return state.hexdigest()
+
+
+def readable_name(path: Path) -> str:
+    """Return a file's name as text.
+
+    Raises:
+        DataError: the name is not UTF-8, so no table can hold it.
+    """
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"The file name {path.name!r} in {str(path.parent)!a} is not UTF-8.") from None
+    return path.name
