@@ -1,0 +1,1 @@
+"""Trainable parts that methods are put together from."""
