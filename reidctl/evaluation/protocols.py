@@ -1,0 +1,284 @@
+"""Who is searched among whom: query and gallery sets from tables, and result tables from their evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from reidctl.errors import DataError
+from reidctl.metrics import METRICS, Interval, summarise
+from reidctl.retrieval.exact import Exclude, Ranking, evaluate_ranking
+from reidctl.retrieval.store import EmbeddingTable
+
+Direction = Literal["t2i", "i2i"]
+Objects = npt.NDArray[np.object_]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or gallery: row i of every field is item i. Missing cameras and outfits are None.
+
+    Args:
+        item: caption or image ids, shape (N,).
+        image: the image an item shows or describes, shape (N,).
+        person: shape (N,).
+        camera: shape (N,).
+        outfit: shape (N,).
+        vectors: shape (N, D), length at most 1.
+    """
+
+    item: Objects
+    image: Objects
+    person: Objects
+    camera: Objects
+    outfit: Objects
+    vectors: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One evaluation: queries, gallery, and which gallery items of the query's person are dropped."""
+
+    direction: Direction
+    dataset: str
+    split: str
+    condition: str
+    query: Side
+    gallery: Side
+    exclude: Exclude
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation gives: the ranking, its summary, and rows for the three result tables."""
+
+    ranking: Ranking
+    summary: dict[str, Interval]
+    metrics: pd.DataFrame
+    queries: pd.DataFrame
+    rankings: pd.DataFrame
+
+
+def text_to_image(
+    images: pd.DataFrame,
+    captions: pd.DataFrame,
+    embeddings: EmbeddingTable,
+    *,
+    dataset: str,
+    split: str,
+    condition: str = "standard",
+    gallery_condition: str = "standard",
+    kind: str = "full",
+) -> Protocol:
+    """Return the text-to-image protocol: every caption of the split against every image of the split.
+
+    Both roles of images are searched and no camera is dropped, as in CUHK-PEDES, ICFG-PEDES and RSTPReid. The gallery
+    consists of vectors of modality `image` only, so no query text can have reached it through a text vector.
+
+    Args:
+        images: table `images`.
+        captions: table `captions`; rows of `kind` with status ok are the queries.
+        embeddings: vectors of both.
+        dataset: which dataset of the tables.
+        split: which split.
+        condition: the queries' condition in `embeddings`.
+        gallery_condition: the images' condition.
+        kind: which captions.
+
+    Raises:
+        DataError: no images, no captions, or an item without its vector.
+    """
+    pictures = _of_split(images, dataset, split)
+    texts = captions[(captions["kind"] == kind) & (captions["status"] == "ok")]
+    texts = texts.merge(pictures.drop(columns="role"), on="image_id", how="inner")
+    if not len(texts):
+        raise DataError(
+            f"Split {split} of {dataset} has no captions of kind {kind}.", hint="Evaluate i2i, or write captions first."
+        )
+    query = _side(texts, "caption_id", embeddings, "text", "query", condition)
+    gallery = _side(pictures, "image_id", embeddings, "image", "gallery", gallery_condition)
+    return Protocol("t2i", dataset, split, condition, query, gallery, "none")
+
+
+def image_to_image(
+    images: pd.DataFrame,
+    embeddings: EmbeddingTable,
+    *,
+    dataset: str,
+    split: str,
+    condition: str = "standard",
+    gallery_condition: str = "standard",
+    cloth_changing: bool = False,
+) -> Protocol:
+    """Return the image-to-image protocol: images with role query against images with role gallery.
+
+    Gallery images of the query's person from the query's camera are dropped (Market-1501's rule); with
+    `cloth_changing` those in the query's outfit are dropped instead. In a split where no image has a role (a
+    validation split cut out of training data) every image is a query and a gallery item, under the same rule;
+    without cameras only the query image itself is dropped.
+
+    Raises:
+        DataError: no images, roles without queries or gallery, an item without its vector, or no outfits.
+    """
+    pictures = _of_split(images, dataset, split)
+    query, gallery = pictures, pictures
+    if pictures["role"].notna().any():
+        query, gallery = pictures[pictures["role"] == "query"], pictures[pictures["role"] == "gallery"]
+        if not len(query) or not len(gallery):
+            raise DataError(f"Split {split} of {dataset} has {len(query)} query and {len(gallery)} gallery images.")
+    exclude: Exclude = "same_camera" if pictures["camera_id"].notna().any() else "same_item"
+    if cloth_changing:
+        if pictures["outfit_id"].isna().any():
+            raise DataError(
+                f"Split {split} of {dataset} has images without outfit_id.", hint="Cloth-changing needs them all."
+            )
+        exclude = "same_outfit"
+    return Protocol(
+        "i2i",
+        dataset,
+        split,
+        condition,
+        _side(query, "image_id", embeddings, "image", "query", condition),
+        _side(gallery, "image_id", embeddings, "image", "gallery", gallery_condition),
+        exclude,
+    )
+
+
+def with_vectors(
+    protocol: Protocol, query: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32], *, condition: str
+) -> Protocol:
+    """Return the same protocol with other vectors, e.g. a baseline's, under another condition name."""
+    return replace(
+        protocol,
+        condition=condition,
+        query=replace(protocol.query, vectors=query),
+        gallery=replace(protocol.gallery, vectors=gallery),
+    )
+
+
+def evaluate(
+    protocol: Protocol,
+    *,
+    top: int = 50,
+    seed: int = 0,
+    resamples: int = 1000,
+    device: str = "cpu",
+    advance: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Rank, score and summarise a protocol; frames fit the tables `metrics`, `queries` and `rankings`.
+
+    In `metrics`, `queries` counts the scored queries, `skipped` those without a match, `gallery` all gallery items.
+    Intervals are over people (see `metrics.bootstrap_interval`). Ranks in `rankings` count from 1.
+    """
+    query, gallery = protocol.query, protocol.gallery
+    ranking = evaluate_ranking(
+        query.vectors,
+        gallery.vectors,
+        query_person=query.person,
+        gallery_person=gallery.person,
+        query_camera=query.camera,
+        gallery_camera=gallery.camera,
+        query_outfit=query.outfit,
+        gallery_outfit=gallery.outfit,
+        query_id=query.item,
+        gallery_id=gallery.item,
+        exclude=protocol.exclude,
+        top=top,
+        device=device,
+        advance=advance,
+    )
+    summary = summarise(ranking.queries, query.person, seed=seed, resamples=resamples)
+    return Evaluation(
+        ranking,
+        summary,
+        _metrics_frame(protocol, ranking, summary),
+        _queries_frame(protocol, ranking),
+        _rankings_frame(protocol, ranking),
+    )
+
+
+def _metrics_frame(protocol: Protocol, ranking: Ranking, summary: dict[str, Interval]) -> pd.DataFrame:
+    counts = {"queries": ranking.queries.scored, "skipped": ranking.queries.skipped, "gallery": len(protocol.gallery)}
+    where = {key: getattr(protocol, key) for key in ("direction", "dataset", "split", "condition")}
+    rows = [{**where, "metric": metric, **vars(summary[metric]), **counts} for metric in METRICS]
+    # A split where every query is skipped has no metrics: the column `value` must not be empty.
+    return pd.DataFrame(rows if counts["queries"] else rows[:0], columns=list(rows[0]))
+
+
+def _queries_frame(protocol: Protocol, ranking: Ranking) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "query_id": protocol.query.item,
+            "condition": protocol.condition,
+            "person_id": protocol.query.person,
+            "matches": ranking.queries.matches,
+            "first_match": ranking.queries.first_match,
+            "average_precision": ranking.queries.average_precision,
+            "inp": ranking.queries.inp,
+        }
+    )
+
+
+def _rankings_frame(protocol: Protocol, ranking: Ranking) -> pd.DataFrame:
+    row, place = np.nonzero(ranking.index >= 0)
+    return pd.DataFrame(
+        {
+            "query_id": protocol.query.item[row],
+            "condition": protocol.condition,
+            "rank": place + 1,
+            "gallery_id": protocol.gallery.item[ranking.index[row, place]],
+            "score": ranking.score[row, place],
+            "match": ranking.match[row, place],
+        }
+    )
+
+
+def _of_split(images: pd.DataFrame, dataset: str, split: str) -> pd.DataFrame:
+    found = images[(images["dataset"] == dataset) & (images["split"] == split)]
+    if not len(found):
+        known = sorted(set(zip(images["dataset"], images["split"], strict=True)))
+        raise DataError(f"No images of dataset {dataset}, split {split}.", hint=f"Known: {known}.")
+    columns = ["image_id", "person_id", "role", "camera_id", "outfit_id"]
+    return found.reindex(columns=columns)
+
+
+def _side(frame: pd.DataFrame, item: str, embeddings: EmbeddingTable, modality: str, role: str, condition: str) -> Side:
+    def objects(column: str) -> Objects:
+        values = frame[column].to_numpy(dtype=object, copy=True)
+        values[pd.isna(values)] = None
+        return values
+
+    return Side(
+        objects(item),
+        objects("image_id"),
+        objects("person_id"),
+        objects("camera_id"),
+        objects("outfit_id"),
+        _vectors(frame[item], embeddings, modality, role, condition),
+    )
+
+
+def _vectors(
+    items: pd.Series, embeddings: EmbeddingTable, modality: str, role: str, condition: str
+) -> npt.NDArray[np.float32]:
+    """The items' vectors: those of the wanted role, else of the other one (an image may serve as both)."""
+    rows = embeddings.rows
+    fit = np.flatnonzero((rows["modality"] == modality) & (rows["condition"] == condition))
+    preferred = fit[np.argsort((rows["role"].to_numpy()[fit] != role), kind="stable")]
+    ids = pd.Index(rows["item_id"].to_numpy()[preferred])
+    first = ~ids.duplicated()
+    place = ids[first].get_indexer(items)
+    if (place < 0).any():
+        missing = items.to_numpy()[place < 0]
+        raise DataError(
+            f"{len(missing)} of {len(items)} {role} items have no {modality} vector of condition {condition}, "
+            f"e.g. {missing[0]}.",
+            hint="Embed them with `reidctl index`.",
+        )
+    return np.asarray(embeddings.vectors[preferred[first][place]])

@@ -1,0 +1,1 @@
+"""Exact blocked search, streaming evaluation, and the table of embeddings they read."""
