@@ -1,0 +1,1 @@
+"""Style-guided identity and clothing texts: styles, prompts, describers, validation, a resumable run."""

@@ -1,0 +1,1 @@
+"""Describers: one file per way to turn a request into a text."""

@@ -1,0 +1,130 @@
+"""The contract between the run and a describer, and the choice of one by name."""
+
+import re
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from reidctl.captioning.config import CaptionConfig
+from reidctl.errors import UsageError
+
+_REASON_LIMIT = 240
+Key = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to write.
+
+    Attributes:
+        image_id, image_path: the image; the path comes from the images table, never from a model.
+        kind: `identity` or `clothing`.
+        system, prompt: what to ask; equal for all images of one kind and style.
+        digest: of the prompt, the model and the settings (`prompts.build_prompt`).
+        style_id, instruction: the style, already part of the prompt; for describers that follow it themselves.
+        attributes: what is known of this image; only `template` reads it.
+        image_version: changes when the image does; a stored reply answers one version only.
+        attempt: 1 for the first time, more after a failed check.
+    """
+
+    image_id: str
+    image_path: str
+    kind: str
+    system: str
+    prompt: str
+    digest: str
+    style_id: str | None = None
+    instruction: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    image_version: str = ""
+    attempt: int = 1
+
+    @property
+    def key(self) -> Key:
+        """What a stored reply is found by: image, its version, kind, prompt digest."""
+        return self.image_id, self.image_version, self.kind, self.digest
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for a request.
+
+    Attributes:
+        request: the one it answers.
+        status: `ok` (a text to check), `rejected` (an answer that cannot be used, worth asking again), `failed`
+            (no answer).
+        text, reason: one of them is set.
+        tokens_in, tokens_out: as the service counted; 0 where it did not.
+    """
+
+    request: Request
+    status: Literal["ok", "rejected", "failed"]
+    text: str | None = None
+    reason: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class Describer(Protocol):
+    """Writes texts for images.
+
+    Attributes:
+        name: of the backend.
+        model: recorded with every text and part of the prompt digest.
+        source: the captions table's `source`: `mllm` or `template`.
+    """
+
+    name: str
+    model: str
+    source: str
+
+    def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
+        """Yield one reply per request, in any order.
+
+        `requests` is read as replies are consumed, never all at once. A problem with one item is a `failed` reply;
+        RemoteError is for what will fail every item (a dead key, a missing model).
+        """
+        ...
+
+
+def failed(request: Request, reason: str) -> Reply:
+    """Return the reply for an item that got no answer."""
+    return Reply(request, "failed", reason=reason[:_REASON_LIMIT])
+
+
+def rejected(request: Request, reason: str, *, tokens_in: int = 0, tokens_out: int = 0) -> Reply:
+    """Return the reply for an answer that cannot be used."""
+    return Reply(request, "rejected", reason=reason[:_REASON_LIMIT], tokens_in=tokens_in, tokens_out=tokens_out)
+
+
+def make_describer(config: CaptionConfig) -> Describer:
+    """Return the describer that `config.mllm` names. Nothing is contacted before the first request.
+
+    `template`, `replay:FILE`, `command:PROGRAM ARGS`, `openai:MODEL`, or the bare name of an OpenAI model
+    (`gpt-4`). With a base URL any bare name is a model of that server.
+
+    Raises:
+        UsageError: no such describer.
+    """
+    name, _, argument = config.mllm.partition(":")
+    if config.mllm == "template":
+        from reidctl.captioning.backends.template import TemplateDescriber
+
+        return TemplateDescriber(config)
+    if name == "replay" and argument:
+        from reidctl.captioning.backends.replay import ReplayDescriber
+
+        return ReplayDescriber(argument)
+    if name == "command" and argument:
+        from reidctl.captioning.backends.command import CommandDescriber
+
+        return CommandDescriber(argument, config.remote)
+    is_openai = bool(re.match(r"(?:chat)?gpt-|o\d", config.mllm, re.I))
+    if (name == "openai" and argument) or is_openai or (config.remote.base_url and config.mllm):
+        from reidctl.captioning.backends.openai import OpenAIDescriber
+
+        return OpenAIDescriber(argument if name == "openai" else config.mllm, config)
+    raise UsageError(
+        f"Unknown describer `{config.mllm}`.",
+        hint="Use template, replay:FILE, command:PROGRAM, gpt-4, openai:MODEL, or any model name with a base URL.",
+    )
