@@ -1,0 +1,1 @@
+"""Retrieval methods: a batch in, named losses and unit vectors out."""

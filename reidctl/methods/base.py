@@ -1,0 +1,306 @@
+"""The method contract: a batch in, named losses and unit vectors out. Adding a method is adding one file.
+
+The file name is the registry: `methods/mta_clip.py` is `mta-clip` and defines `METHOD`, its class. Listing the names
+imports nothing.
+"""
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reidctl import tables
+from reidctl.backbones.base import Backbone
+from reidctl.backbones.weights import from_config
+from reidctl.batch import Batch
+from reidctl.config import Section, parse_section
+from reidctl.errors import DataError, UsageError
+
+Explainer = Literal["gradcam", "patch"]
+Role = Literal["image", "text", "new"]
+
+FORMAT = 1
+
+
+class MethodConfig(Section):
+    """Settings that every method has; each method adds its own."""
+
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Loss weights by exact loss name, over the method's defaults; an unknown name is an error."""
+
+
+class Method(nn.Module, ABC):
+    """A retrieval model and how it is trained.
+
+    Class attributes:
+        Config: the recipe section.
+        stages: the training stages it has.
+        train_texts: which texts of a sample its losses read: any of `full`, `identity`, `clothing`.
+        gallery_texts: which texts, written from the gallery image alone, its gallery side reads.
+        loss_weights: default weight of every loss.
+
+    Args:
+        config: its settings.
+        backbone: the two towers.
+        persons: number of training identities, for classifiers.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    stages: ClassVar[tuple[str, ...]] = ("finetune",)
+    train_texts: ClassVar[tuple[str, ...]] = ("full",)
+    loss_weights: ClassVar[Mapping[str, float]] = {}
+
+    def __init__(self, config: MethodConfig, backbone: Backbone, persons: int) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.persons = persons
+        unknown = sorted(set(config.weights) - set(self.loss_weights))
+        if unknown:
+            raise UsageError(
+                f"`{self.name}` has no loss `{unknown[0]}`.",
+                hint=f"Its losses: {', '.join(self.loss_weights) or 'none'}.",
+            )
+
+    @property
+    def gallery_texts(self) -> tuple[str, ...]:
+        """Texts, written from the gallery image alone, that its gallery embeddings read; usually none."""
+        return ()
+
+    @property
+    def target_text(self) -> Literal["caption", "identity", "identity+clothing", "mix"]:
+        """Which text plays the query during training."""
+        return "caption"
+
+    def weight(self, loss: str) -> float:
+        """Return the weight of a loss; 0 removes it."""
+        return self.config.weights.get(loss, self.loss_weights[loss])
+
+    def active(self, loss: str) -> bool:
+        """Whether a loss is computed at all."""
+        return self.weight(loss) != 0
+
+    @abstractmethod
+    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+        """Return the unweighted losses of a training batch by name; every entry counts."""
+
+    @abstractmethod
+    def embed_images(self, batch: Batch) -> Tensor:
+        """Return unit vectors (B, D) of the images; reads at most `gallery_texts` besides."""
+
+    @abstractmethod
+    def embed_texts(self, batch: Batch) -> Tensor:
+        """Return unit vectors (B, D) of the texts `full`."""
+
+    def objective(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses, a scalar."""
+        return torch.stack([self.weight(name) * value for name, value in losses.items()]).sum()
+
+    def current_weights(self) -> dict[str, float]:
+        """The weight that each active loss has now."""
+        return {name: self.weight(name) for name in self.loss_weights if self.active(name)}
+
+    def gradient_norms(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the Euclidean norm of each unweighted loss's gradient at the last shared weight.
+
+        That weight is the output of the last image block's MLP; a loss that does not reach it has norm 0.
+        """
+        shared = self.shared_weight()
+        norms = {}
+        for name, value in losses.items():
+            if not value.requires_grad:
+                norms[name] = 0.0
+                continue
+            grad = torch.autograd.grad(value, shared, retain_graph=True, allow_unused=True)[0]
+            norms[name] = 0.0 if grad is None else float(grad.float().norm())
+        return norms
+
+    def shared_weight(self) -> nn.Parameter:
+        """The last weight above which all image losses pass."""
+        return self.backbone.image.last_mlp_weight
+
+    def parameters_by_role(self, stage: str) -> dict[Role, list[tuple[str, nn.Parameter]]]:
+        """Return the parameters that train in a stage: image tower, text tower, new modules.
+
+        A stage freezes a parameter by leaving it out.
+        """
+        roles: dict[Role, list[tuple[str, nn.Parameter]]] = {"image": [], "text": [], "new": []}
+        for name, parameter in self.named_parameters():
+            role: Role = "new"
+            if name.startswith("backbone.image."):
+                role = "image"
+            elif name.startswith("backbone.text."):
+                role = "text"
+            roles[role].append((name, parameter))
+        return roles
+
+    def training_state(self) -> dict[str, Any]:
+        """What must survive a kill besides the weights; plain values and tensors only."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `training_state` returned."""
+
+    def gates(self, batch: Batch) -> dict[str, Tensor]:
+        """Return gate activations by name, shape (B, ...), for methods that have gates."""
+        return {}
+
+    def explain(self, batch: Batch, explainer: Explainer = "gradcam") -> Tensor:
+        """Return how much each image region supports its text, shape (B, h, w), in [0, 1] per image.
+
+        Args:
+            batch: B image-text pairs: image i with text `full` i.
+            explainer: `gradcam` (Selvaraju et al. 2017 on the tokens that enter the last block: the ReLU of the
+                sum over channels of gradient x activation, gradient of cos(image, text)) or `patch` (cosine of each
+                projected patch with the text, negative values cut).
+
+        Raises:
+            UsageError: the explainer is unknown.
+        """
+        if explainer == "gradcam":
+            relevance = self._gradcam(batch)
+        elif explainer == "patch":
+            relevance = self.patch_similarity(batch)
+        else:
+            raise UsageError(f"Unknown explainer `{explainer}`.", hint="One of: gradcam, patch.")
+        top = relevance.amax(dim=1, keepdim=True).clamp_min(1e-12)
+        return (relevance.clamp_min(0) / top).reshape(len(batch), *self.backbone.grid)
+
+    def patch_similarity(self, batch: Batch) -> Tensor:
+        """Return the cosine of every patch with the text in the retrieval space, shape (B, N)."""
+        with torch.no_grad():
+            patches = functional.normalize(self.backbone.encode_image(batch.require("image")).patches, dim=-1)
+            return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
+
+    def _gradcam(self, batch: Batch) -> Tensor:
+        """Gradient x activation at the input of the last block, patch tokens only, shape (B, N)."""
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            kept.append(output if output.requires_grad else output.requires_grad_())
+            return kept[-1]
+
+        handle = self.backbone.image.last_norm.register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                with torch.no_grad():
+                    text = self.embed_texts(batch)
+                similarity = (self.embed_images(batch) * text).sum()
+                grad = torch.autograd.grad(similarity, kept[0])[0]
+        finally:
+            handle.remove()
+        patches = self.backbone.grid[0] * self.backbone.grid[1]
+        # Class tokens come first, whatever their number.
+        return (grad * kept[0]).sum(-1)[:, -patches:].relu().detach()
+
+
+def method_names() -> list[str]:
+    """The methods by name, read from the file names."""
+    folder = resources.files("reidctl.methods")
+    files = [entry.name for entry in folder.iterdir() if entry.name.endswith(".py")]
+    return sorted(f.removesuffix(".py").replace("_", "-") for f in files if f not in ("__init__.py", "base.py"))
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    if name not in method_names():
+        raise UsageError(f"Unknown method `{name}`.", hint=f"One of: {', '.join(method_names())}.")
+    found: type[Method] = importlib.import_module(f"reidctl.methods.{name.replace('-', '_')}").METHOD
+    return found
+
+
+def build_method(name: str, settings: Mapping[str, Any], backbone: Backbone, persons: int) -> Method:
+    """Return an untrained method.
+
+    Args:
+        name: its name.
+        settings: its recipe section, without `name`.
+        backbone: the towers.
+        persons: number of training identities.
+    """
+    cls = method_class(name)
+    config = parse_section(cls.Config, settings, "method")
+    try:
+        return cls(config, backbone, persons)
+    except (ValueError, AssertionError) as error:
+        # Layers check what only they know: that heads divide a width, that chunks do.
+        raise UsageError(f"`{name}` cannot be built with these settings: {error}.") from None
+
+
+def save_method(method: Method, folder: Path) -> list[Path]:
+    """Write `model.safetensors` and `model.json`; return both paths."""
+    weights, facts = folder / "model.safetensors", folder / "model.json"
+    tensors = {name: value.detach().cpu().contiguous() for name, value in unique_state(method).items()}
+    tables.write_bytes(weights, save(tensors))
+    described = {
+        "format": FORMAT,
+        "method": method.name,
+        "config": method.config.model_dump(),
+        "backbone": method.backbone.config.model_dump(),
+        "persons": method.persons,
+    }
+    tables.write_text(facts, json.dumps(described, indent=2) + "\n")
+    return [weights, facts]
+
+
+def unique_state(method: nn.Module) -> dict[str, Tensor]:
+    """Return the state dictionary without second names of one tensor, which safetensors refuses."""
+    seen: dict[int, str] = {}
+    state: dict[str, Tensor] = {}
+    for name, value in method.state_dict().items():
+        key = value.data_ptr()
+        if value.numel() and key in seen and state[seen[key]].shape == value.shape:
+            continue
+        seen[key] = name
+        state[name] = value
+    return state
+
+
+def load_method(folder: Path, device: torch.device | str = "cpu") -> Method:
+    """Return a trained method from its folder, in evaluation mode; needs neither network nor the first weights.
+
+    Raises:
+        DataError: a file is missing, damaged or of another version.
+    """
+    weights, facts = folder / "model.safetensors", folder / "model.json"
+    if not (weights.is_file() and facts.is_file()):
+        raise DataError(f"{folder} holds no trained model.", hint="Run `reidctl finetune` first.")
+    try:
+        described = json.loads(facts.read_text(encoding="utf-8"))
+        if described["format"] != FORMAT:
+            raise DataError(f"{facts} is model format {described['format']}; this reidctl reads {FORMAT}.")
+        backbone = from_config(described["backbone"])
+        method = build_method(described["method"], described["config"], backbone, described["persons"])
+        state = load_file(weights)
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"The model in {folder} is damaged: {error}.") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise DataError(f"{weights} is damaged: {error}.") from None
+    missing, unexpected = method.load_state_dict(state, strict=False)
+    known = set(unique_state(method))
+    lacking = [name for name in missing if name in known]
+    if lacking or unexpected:
+        raise DataError(f"{weights} does not fit: missing {lacking[:3]}, unexpected {list(unexpected)[:3]}.")
+    return method.to(device).eval()
+
+
+def unit(features: Tensor) -> Tensor:
+    """Return features (B, D) as float32 unit vectors."""
+    return functional.normalize(features.float(), dim=-1)

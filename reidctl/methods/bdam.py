@@ -1,0 +1,377 @@
+"""`bdam`: bidirectional decoupled alignment with gated Mamba fusion, from two versions of one unpublished paper.
+
+"001" is the ICME submission (*... from Transient Attributes*), "002" the longer one (*... from Clothing*). They share
+one architecture and contradict each other in places; the recipes `bdam-icme` and `bdam-long` follow one each and `bdam`
+is our own choice between them. docs/methods.md lists every point where the papers are silent and what we took.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reidctl import losses
+from reidctl.backbones.base import Backbone, last_real
+from reidctl.batch import Batch, Tokens
+from reidctl.config import Section
+from reidctl.errors import UsageError
+from reidctl.layers.decoupling import CrossAttention, Decoupling, Streams
+from reidctl.layers.fusion import Fusion, Kind, Order, gate_balance, gate_entropy
+from reidctl.layers.fusion import Sequence as FusionSequence
+from reidctl.layers.gradnorm import GradNorm, GradNormConfig
+from reidctl.layers.grl import reverse_gradient
+from reidctl.methods.base import Method, MethodConfig, unit
+
+Protocol = Literal["image_only", "own_text", "visual"]
+ClothingLoss = Literal["aln", "adv", "grl"]
+
+
+class FusionSettings(Section):
+    """The fusion module; see `layers.fusion.Fusion` for every setting."""
+
+    kind: Kind = "mamba"
+    sequence: FusionSequence = "tokens"
+    """`vector` is what the papers print, a sequence of one token; `tokens` is the only reading under which their prose
+    about long-range dependencies means something."""
+    order: Order = "text_first"
+    width: int = 256
+    out_dim: int = 256
+    layers: int | None = None
+    align: bool = True
+    gate: bool = True
+    bidirectional: bool = False
+    prenorm: bool = False
+    chunks: int = 8
+    heads: int = 8
+    dropout: float = 0.1
+
+
+class HsicConfig(Section):
+    """The decoupling loss; see `losses.hsic`."""
+
+    kernel: Literal["linear", "rbf"] = "linear"
+    normalize: Literal["none", "l2", "cka"] = "l2"
+
+
+class InfoNceConfig(Section):
+    """The image-text loss; see `losses.info_nce`. The papers print one direction and no temperature."""
+
+    temperature: float = 0.05
+    direction: Literal["both", "v2t"] = "both"
+    positives: Literal["id", "pair"] = "id"
+    multiple: Literal["mass", "mean"] = "mass"
+    """With several positives: `mass` is content with the easiest one, `mean` pulls each of them."""
+    fused_share: float = 0.5
+    """Share of the fused features (image + another identity text of the person) in the loss; the rest is image-only."""
+
+
+class TripletConfig(Section):
+    """The identity loss; see `losses.batch_hard_triplet`. The papers do not state the margin."""
+
+    margin: float = 0.3
+    squared: bool = True
+    mining: Literal["batch_hard", "random", "all"] = "batch_hard"
+    """`batch_hard` can collapse a model that starts from nothing to one point; `all` averages over every triplet."""
+    normalize: bool = True
+    """Put the features on the unit sphere first, so that the margin has a scale."""
+
+
+class BdamConfig(MethodConfig):
+    """Settings of `bdam`; the defaults are the recipe `bdam`."""
+
+    decouple: bool = True
+    """False is the papers' baseline "w/o BDAM": the average of the patch tokens, no streams."""
+    depth: int = 6
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    dropout: float = 0.1
+    cross_attention: CrossAttention = "after"
+    gate: bool = True
+    clothing_loss: tuple[ClothingLoss, ...] = ("aln", "grl")
+    """`aln` pulls the clothing stream to its text (001), `adv` pushes it away (002, literal), `grl` lets a critic read
+    clothing from the identity stream and reverses its gradient (our reading of what both papers want)."""
+    clothing_temperature: float = 0.05
+    p_pos: Literal["softmax", "sigmoid"] = "softmax"
+    mask_duplicates: bool = True
+    """Leave other people's identical clothing texts out of the negatives."""
+    grl_strength: float = 0.1
+    protocol: Protocol = "image_only"
+    """What is compared: `image_only` F(image, null) with F(null, text); `own_text` F(image, text written from that
+    image) with F(null, text); `visual` the projected identity feature with the text feature (002 Eq. 3)."""
+    target: Literal["caption", "identity+clothing", "mix"] = "mix"
+    """Which text plays t_i in training; `mix` draws caption or identity+clothing with p = 1/2."""
+    text_pool: Literal["cls", "mean", "end"] = "cls"
+    fusion: FusionSettings = FusionSettings()
+    hsic: HsicConfig = HsicConfig()
+    info_nce: InfoNceConfig = InfoNceConfig()
+    triplet: TripletConfig = TripletConfig()
+    gradnorm: GradNormConfig | None = GradNormConfig(ref="mean", targets="feasible")
+    """None uses fixed weights. As printed (reference: the first task) the weights of the others fall to the clip within
+    some hundred steps (tests/layers/test_gradnorm.py), so only `bdam-icme` and `bdam-long` take it literally."""
+    gate_regulariser: Literal["none", "balance", "entropy"] = "none"
+    """002 names "gate regularization" without a formula; its numbers are those of 001's weight regulariser, so the
+    ablation is `gradnorm.weight_reg: 0`. `balance` and `entropy` are `gate_balance` and `gate_entropy` of
+    `layers.fusion`."""
+
+
+class Bdam(Method):
+    """Identity and clothing streams, decorrelated; only the identity stream is fused and retrieved."""
+
+    name = "bdam"
+    summary = "identity/clothing decoupling, HSIC, GradNorm, Mamba fusion (two unpublished versions)"
+    Config = BdamConfig
+    train_texts = ("full", "identity", "clothing")
+    loss_weights: ClassVar = {
+        "info": 1.0,
+        "triplet": 1.0,
+        "aln": 1.0,
+        "adv": 1.0,
+        "grl": 1.0,
+        "decouple": 1.0,
+        "gate": 0.01,
+    }
+    config: BdamConfig
+
+    def __init__(self, config: BdamConfig, backbone: Backbone, persons: int) -> None:
+        super().__init__(config, backbone, persons)
+        if config.text_pool == "cls" and backbone.config.pool == "eos":
+            raise UsageError(
+                "The first token of a CLIP text tower sees nothing but itself.", hint="Use method.text_pool=end."
+            )
+        width, text_width = backbone.width_image, backbone.width_text
+        if config.decouple:
+            self.decoupling = Decoupling(
+                width,
+                depth=config.depth,
+                heads=config.heads,
+                cross_attention=config.cross_attention,
+                gated=config.gate,
+                mlp_ratio=config.mlp_ratio,
+                dropout=config.dropout,
+            )
+            self.clothing_head = nn.Linear(width, text_width)
+        if self.active("grl"):
+            self.critic = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, text_width))
+        self.fusion = Fusion(width, text_width, **config.fusion.model_dump())
+        if config.protocol == "visual":
+            self.visual_head = nn.Linear(width, text_width)
+        # The critic's loss never falls for long: it is an adversary. GradNorm would read that as a task that needs more
+        # and more weight, so the critic keeps its fixed one.
+        names = [name for name in self.loss_weights if self.active(name) and name != "grl"]
+        self.balancer = GradNorm(names, config.gradnorm) if config.gradnorm and names else None
+
+    def active(self, loss: str) -> bool:
+        """Whether the settings ask for a loss."""
+        config = self.config
+        if loss in ("aln", "adv", "grl"):
+            return config.decouple and loss in config.clothing_loss and super().active(loss)
+        if loss == "decouple":
+            return config.decouple and super().active(loss)
+        if loss == "gate":
+            balance = config.gate_regulariser == "balance" and config.fusion.gate
+            entropy = config.gate_regulariser == "entropy" and config.decouple and config.gate
+            return (balance or entropy) and super().active(loss)
+        return super().active(loss)
+
+    @property
+    def gallery_texts(self) -> tuple[str, ...]:
+        """`own_text` reads the identity text that was written from the gallery image alone."""
+        return ("identity",) if self.config.protocol == "own_text" else ()
+
+    @property
+    def target_text(self) -> Literal["caption", "identity", "identity+clothing", "mix"]:
+        """With `own_text` the query must not be the text that sits in the gallery, so it is the caption."""
+        return "caption" if self.config.protocol == "own_text" else self.config.target
+
+    def streams(self, image: Tensor) -> Streams:
+        """Return the decoupled features of images (B, 3, H, W); the class token is dropped, as 002 says."""
+        patches = self.backbone.encode_image(image).hidden_patches  # (B, N, D)
+        if self.config.decouple:
+            streams: Streams = self.decoupling(patches)
+            return streams
+        pooled = patches.mean(dim=1)
+        return Streams(pooled, pooled, pooled, pooled, None, patches)
+
+    def text_features(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return one vector per text (B, W) and all its token features (B, L, W)."""
+        hidden = self.backbone.encode_text(tokens).hidden
+        if self.config.text_pool == "cls":
+            return hidden[:, 0], hidden
+        if self.config.text_pool == "end":
+            return hidden[torch.arange(len(hidden), device=hidden.device), last_real(tokens.mask)], hidden
+        share = tokens.mask / tokens.mask.sum(dim=1, keepdim=True)
+        return torch.einsum("bl,blw->bw", share, hidden), hidden
+
+    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+        """Return the active ones of `info`, `triplet`, `aln`, `adv`, `grl`, `decouple`, `gate`."""
+        config, person = self.config, batch.require("person")
+        streams = self.streams(batch.require("image"))
+        found: dict[str, Tensor] = {}
+        if self.active("info") or self.active("gate"):
+            found |= self._matching(batch, streams)
+        if self.active("triplet"):
+            identity = functional.normalize(streams.identity, dim=-1) if config.triplet.normalize else streams.identity
+            found["triplet"] = losses.batch_hard_triplet(
+                identity,
+                person,
+                margin=config.triplet.margin,
+                squared=config.triplet.squared,
+                mining=config.triplet.mining,
+            )
+        if any(self.active(name) for name in ("aln", "adv", "grl")):
+            found |= self._clothing(batch, streams)
+        if self.active("decouple"):
+            found["decouple"] = losses.hsic(
+                streams.identity, streams.clothing, kernel=config.hsic.kernel, normalize=config.hsic.normalize
+            )
+        return {name: found[name] for name in self.loss_weights if self.active(name)}
+
+    def _matching(self, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+        """InfoNCE of image-only and of fused features against the texts.
+
+        The fused feature takes the identity text of ANOTHER image of the person; rows without one do not take part.
+        """
+        settings = self.config.info_nce
+        person = batch.require("person")
+        text, text_tokens = self.text_features(batch.texts["full"])
+        key = self.fusion(None, text, text_tokens=text_tokens, text_mask=batch.texts["full"].mask).feature
+        mate, mate_tokens = self.text_features(batch.texts["fusion"])
+        fused = self.fusion(
+            streams.identity,
+            mate,
+            image_tokens=streams.identity_tokens,
+            text_tokens=mate_tokens,
+            text_mask=batch.texts["fusion"].mask,
+        )
+        image, query = self._image_feature(streams, batch), key
+        if self.config.protocol == "visual":
+            query = text
+        alone = self._info_nce(image, query, person)
+        usable = batch.require("has_fusion")
+        together = self._info_nce(fused.feature[usable], key[usable], person[usable])
+        share = settings.fused_share
+        found = {"info": (1 - share) * alone + share * together}
+        if self.config.gate_regulariser == "balance":
+            found["gate"] = gate_balance(fused.weights)
+        elif self.config.gate_regulariser == "entropy" and streams.gate is not None:
+            found["gate"] = gate_entropy(streams.gate)
+        return found
+
+    def _info_nce(self, image: Tensor, text: Tensor, person: Tensor) -> Tensor:
+        settings = self.config.info_nce
+        return losses.info_nce(
+            image,
+            text,
+            temperature=settings.temperature,
+            positives=person if settings.positives == "id" else None,
+            direction="both" if settings.direction == "both" else "q2k",
+            multiple=settings.multiple,
+        )
+
+    def _clothing(self, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+        config = self.config
+        text, _ = self.text_features(batch.texts["clothing"])
+        group = batch.require("clothing_group") if config.mask_duplicates else None
+        clothing = self.clothing_head(streams.pooled_clothing)
+        temperature = config.clothing_temperature
+        found = {}
+        if self.active("aln"):
+            found["aln"] = losses.clothing_alignment(clothing, text, temperature=temperature, group=group)
+        if self.active("adv"):
+            found["adv"] = losses.clothing_adversarial(
+                clothing, text, temperature=temperature, p_pos=config.p_pos, group=group
+            )
+        if self.active("grl"):
+            # The texts are a fixed target here: an adversary must not be beaten by blurring what it aims at.
+            guess = self.critic(reverse_gradient(streams.identity, config.grl_strength))
+            found["grl"] = losses.clothing_alignment(guess, text.detach(), temperature=temperature, group=group)
+        return found
+
+    def objective(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum, with GradNorm's weights times the fixed ones if it is on."""
+        scaled = {name: self.weight(name) * value for name, value in losses.items()}
+        if self.balancer is None:
+            return torch.stack(list(scaled.values())).sum()
+        raw = {name: value for name, value in losses.items() if name in self.balancer.tasks}
+        if self.training:
+            # The balancer sees unweighted losses: it would undo the fixed weights, which multiply its own.
+            self.balancer.step(raw, self.shared_weight())
+        total = self.balancer.combine({name: scaled[name] for name in raw})
+        return total + scaled["grl"] if "grl" in scaled else total
+
+    def current_weights(self) -> dict[str, float]:
+        """The fixed weight of each loss times GradNorm's."""
+        fixed = super().current_weights()
+        if self.balancer is None:
+            return fixed
+        balanced = self.balancer.weights()
+        return {name: value * balanced.get(name, 1.0) for name, value in fixed.items()}
+
+    def training_state(self) -> dict[str, Any]:
+        """GradNorm's log-weights, first losses and optimiser."""
+        return {"balancer": self.balancer.state_dict()} if self.balancer is not None else {}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Restore GradNorm."""
+        if self.balancer is not None:
+            self.balancer.load_state_dict(state["balancer"])
+
+    def embed_images(self, batch: Batch) -> Tensor:
+        """Return unit vectors of the images under the protocol, shape (B, D)."""
+        return unit(self._image_feature(self.streams(batch.require("image")), batch))
+
+    def _image_feature(self, streams: Streams, batch: Batch) -> Tensor:
+        if self.config.protocol == "visual":
+            projected: Tensor = self.visual_head(streams.identity)
+            return projected
+        if self.config.protocol == "own_text":
+            own = batch.texts["identity"]
+            text, tokens = self.text_features(own)
+            mask: Tensor | None = own.mask
+        else:
+            text = tokens = mask = None  # type: ignore[assignment]
+        feature: Tensor = self.fusion(
+            streams.identity, text, image_tokens=streams.identity_tokens, text_tokens=tokens, text_mask=mask
+        ).feature
+        return feature
+
+    def embed_texts(self, batch: Batch) -> Tensor:
+        """Return unit vectors of the texts under the protocol, shape (B, D)."""
+        text, tokens = self.text_features(batch.texts["full"])
+        if self.config.protocol == "visual":
+            return unit(text)
+        return unit(self.fusion(None, text, text_tokens=tokens, text_mask=batch.texts["full"].mask).feature)
+
+    def gates(self, batch: Batch) -> dict[str, Tensor]:
+        """Return per sample: `identity` (mean of g), and the fusion weights `image` and `text`, each (B,).
+
+        The fusion weights are those of the image fused with its own identity text if the batch carries it.
+        """
+        streams = self.streams(batch.require("image"))
+        found = {} if streams.gate is None else {"identity": streams.gate.mean(dim=1)}
+        if "identity" in batch.texts:
+            text, tokens = self.text_features(batch.texts["identity"])
+            mask = batch.texts["identity"].mask
+            weights = self.fusion(
+                streams.identity, text, image_tokens=streams.identity_tokens, text_tokens=tokens, text_mask=mask
+            ).weights
+            found |= {"image": weights[:, 0], "text": weights[:, 1]}
+        return found
+
+    def patch_similarity(self, batch: Batch) -> Tensor:
+        """Return the cosine with the text of every identity token taken as if it were the whole image, (B, N)."""
+        with torch.no_grad():
+            tokens = self.streams(batch.require("image")).identity_tokens
+            count, patches, _ = tokens.shape
+            each = tokens.flatten(0, 1)  # (B * N, D)
+            if self.config.protocol == "visual":
+                features = self.visual_head(each)
+            else:
+                features = self.fusion(each, None, image_tokens=each[:, None]).feature
+            features = unit(features).view(count, patches, -1)
+            return torch.einsum("bnd,bd->bn", features, self.embed_texts(batch))
+
+
+METHOD = Bdam

@@ -1,0 +1,409 @@
+"""One loop for every method and training stage: deterministic, resumable, selected on validation."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from reidctl import tables
+from reidctl.batch import Batch
+from reidctl.config import Section
+from reidctl.console import log, progress
+from reidctl.data import AugmentConfig, Key, TrainingSet, identity_batches, random_batches
+from reidctl.device import resolve_device
+from reidctl.errors import DataError
+from reidctl.methods.base import Method, unique_state
+from reidctl.runs import fingerprint
+
+Validate = Callable[[Method], dict[str, float]]
+
+
+class TrainConfig(Section):
+    """How a method is trained; the defaults are IRRA's solver at its published settings."""
+
+    epochs: int = Field(60, ge=0)
+    """0 keeps the starting weights: zero-shot."""
+    batch: int = Field(64, ge=2)
+    sampler: Literal["identity", "random"] = "identity"
+    """`identity` draws `instances` samples of each of batch / instances people."""
+    instances: int = Field(4, ge=1)
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """`adam` couples weight decay with the gradient, as IRRA, CLIP-ReID and BDAM do."""
+    lr: float = Field(1e-5, ge=0)
+    lr_text: float | None = None
+    """Learning rate of the text tower; None: `lr`."""
+    lr_new: float | None = None
+    """Learning rate of everything that is not a tower; None: five times `lr`."""
+    bias_lr_factor: float = 2.0
+    """Biases learn this much faster, without weight decay."""
+    weight_decay: float = 4e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_epochs: float = Field(5, ge=0)
+    warmup_factor: float = 0.1
+    schedule: Literal["cosine", "constant", "step", "exponential"] = "cosine"
+    milestones: tuple[int, ...] = (20, 50)
+    gamma: float = 0.1
+    """Factor at each milestone (`step`) or each epoch (`exponential`)."""
+    schedule_by: Literal["epoch", "step"] = "epoch"
+    """Whether the rate changes after each epoch, as published, or smoothly after each step."""
+    clip_grad_norm: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    workers: int = Field(0, ge=0)
+    """Processes that load images; 0 loads in the training process and keeps decoded images in memory."""
+    cache_mb: int = Field(512, ge=0)
+    augment: AugmentConfig = AugmentConfig()
+    select: Literal["val", "test"] = "val"
+    """Which split chooses the epoch. `test` is what most published code does; it is recorded and warned about."""
+    select_metric: Literal["rank1", "mAP"] = "rank1"
+    validate_every: int = Field(1, ge=1)
+    log_every: int = Field(10, ge=1)
+    shuffle_labels: bool = False
+    """Give every person the texts of another: the control run that must stay at chance."""
+
+    @model_validator(mode="after")
+    def _has_negatives(self) -> "TrainConfig":
+        if self.sampler == "identity" and (self.batch % self.instances or self.batch < 2 * self.instances):
+            raise ValueError(f"a batch of {self.batch} is not two or more people with {self.instances} samples each")
+        return self
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training leaves: the history, the chosen epoch (0-based) and its value, and digests of the train people."""
+
+    history: pd.DataFrame
+    best_epoch: int
+    best_value: float
+    seconds: float
+    images_per_second: float
+    resumed_from: int
+    people: list[str]
+
+
+def learning_rate_factor(config: TrainConfig, epoch: float) -> float:
+    """Return the factor on every learning rate at `epoch` (0-based, fractional when scheduled by step).
+
+    Warm-up: linear from `warmup_factor` to 1 over `warmup_epochs`. Then cosine: (1 + cos(pi p)) / 2 with p the share
+    of the remaining epochs; step: gamma per milestone passed; exponential: gamma ** epoch.
+    """
+    if epoch < config.warmup_epochs:
+        share = epoch / config.warmup_epochs
+        return config.warmup_factor * (1 - share) + share
+    if config.schedule == "cosine":
+        remaining = max(config.epochs - config.warmup_epochs, 1e-9)
+        return 0.5 * (1 + math.cos(math.pi * min((epoch - config.warmup_epochs) / remaining, 1.0)))
+    if config.schedule == "step":
+        return float(config.gamma ** sum(epoch >= milestone for milestone in config.milestones))
+    if config.schedule == "exponential":
+        return float(config.gamma**epoch)
+    return 1.0
+
+
+def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimiser with one parameter group per role, decay and bias rule.
+
+    Parameters that a stage leaves out are frozen. Biases and parameters flagged `_no_weight_decay` (A_log and D of a
+    Mamba layer) have no decay.
+    """
+    rates = {
+        "image": config.lr,
+        "text": config.lr if config.lr_text is None else config.lr_text,
+        "new": 5 * config.lr if config.lr_new is None else config.lr_new,
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in method.parameters():
+        parameter.requires_grad_(False)
+    for role, members in method.parameters_by_role(stage).items():
+        for name, parameter in members:
+            parameter.requires_grad_(True)
+            bias = name.endswith("bias")
+            rate = rates[role] * (config.bias_lr_factor if bias else 1.0)
+            bare = bias or getattr(parameter, "_no_weight_decay", False)
+            groups.setdefault((rate, 0.0 if bare else config.weight_decay), []).append(parameter)
+    described = [
+        {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
+        for (rate, decay), members in groups.items()
+    ]
+    if not described:
+        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(described, betas=config.betas, eps=config.eps)
+
+
+class Trainer:
+    """The training loop.
+
+    After every epoch all state goes to `folder/last/state.pt`, replaced atomically; a run that was killed continues
+    after its last whole epoch and ends with the same weights, bit for bit on the CPU, as one that was not.
+
+    Args:
+        method: what is trained, on the CPU.
+        samples: the training set.
+        validate: metrics of the model on the selection split.
+        config: see `TrainConfig`.
+        folder: where the stage keeps its files.
+        seed: of sampling, augmentation, dropout and masking.
+        stage: the training stage.
+        fingerprint: of settings and inputs; state of another fingerprint is not continued.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        samples: TrainingSet,
+        validate: Validate,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        seed: int,
+        stage: str,
+        fingerprint: str,
+    ) -> None:
+        self.device = resolve_device(config.device)
+        self.method = method.to(self.device)
+        self.samples, self.validate, self.config = samples, validate, config
+        self.folder, self.seed, self.stage, self.fingerprint = folder, seed, stage, fingerprint
+        self.optimizer = build_optimizer(method, stage, config)
+        self.rows: list[dict[str, Any]] = []
+        self.step = 0
+        self.best_epoch, self.best_value = -1, -math.inf
+        self.trained_seconds = 0.0
+        self.trained_images = 0
+
+    def run(self) -> Outcome:
+        """Train to the end, leave the best weights in the method, and return the history.
+
+        Raises:
+            DataError: a loss is not finite, an image cannot be read, or the disk is full.
+        """
+        first = self._resume()
+        if self.config.epochs == 0:
+            self._untrained()
+        # One epoch tells the length of all: they differ by a few batches at most.
+        images = sum(map(len, self._batches(first))) * (self.config.epochs - first) if first < self.config.epochs else 0
+        with progress(f"{self.stage} {self.method.name}", images) as advance:
+            for epoch in range(first, self.config.epochs):
+                self._epoch(epoch, advance)
+        self._restore_best()
+        rate = self.trained_images / max(self.trained_seconds, 1e-9)
+        history = pd.DataFrame(self.rows)
+        people = [fingerprint({"person": name}, {}) for name in self.samples.persons]
+        return Outcome(history, self.best_epoch, self.best_value, self.trained_seconds, rate, first, people)
+
+    def _untrained(self) -> None:
+        """Zero-shot: validate the weights as they are."""
+        self.method.eval()
+        found = self.validate(self.method)
+        self._log(0, self.config.select, found)
+        self.best_value = found[self.config.select_metric]
+
+    def _batches(self, epoch: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        rng = np.random.default_rng((self.seed, 1, epoch))
+        if self.config.sampler == "random":
+            return random_batches(len(self.samples), batch=self.config.batch, rng=rng)
+        return identity_batches(
+            self.samples.person_of_sample,
+            self.samples.row_of_sample,
+            batch=self.config.batch,
+            instances=self.config.instances,
+            rng=rng,
+        )
+
+    def _load(self, epoch: int, batches: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Iterator[Batch]:
+        keys: list[list[Key]] = []
+        position = 0
+        for batch in batches:
+            keys.append([(epoch, int(sample), position + place) for place, sample in enumerate(batch)])
+            position += len(batch)
+        return iter(
+            DataLoader(
+                self.samples,
+                batch_sampler=keys,
+                collate_fn=self.samples.collate,
+                num_workers=self.config.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def _epoch(self, epoch: int, advance: Callable[..., None]) -> None:
+        # Dropout and masking draw from the process-wide generator: one seed per epoch makes an epoch a unit.
+        torch.manual_seed(self.seed * 1_000_003 + epoch)
+        self.method.train()
+        batches = self._batches(epoch)
+        waited = 0.0
+        started = mark = time.monotonic()
+        images = 0
+        for number, batch in enumerate(self._load(epoch, batches)):
+            waited += time.monotonic() - mark
+            self._set_rates(epoch + (number / len(batches) if self.config.schedule_by == "step" else 0))
+            self._step(batch, epoch, last=number == len(batches) - 1)
+            images += len(batch)
+            advance(len(batch))
+            mark = time.monotonic()
+        seconds = time.monotonic() - started
+        self.trained_seconds += seconds
+        self.trained_images += images
+        self._log(epoch, "train", {"images_per_second": images / seconds, "loader_share": waited / seconds})
+        self._validate(epoch)
+        self._save(epoch)
+
+    def _set_rates(self, epoch: float) -> None:
+        factor = learning_rate_factor(self.config, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("base_lr", 0.0) * factor
+
+    def _step(self, batch: Batch, epoch: int, *, last: bool) -> None:
+        batch = batch.to(self.device)
+        narrow = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
+            losses = self.method.losses(batch, self.stage)
+        self._stop_if_not_finite(losses, batch, epoch)
+        reporting = self.step % self.config.log_every == 0 or last
+        norms = self.method.gradient_norms(losses) if reporting else {}
+        objective = self.method.objective(losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        if objective.requires_grad:
+            objective.backward()  # type: ignore[no-untyped-call]
+        # Infinity clips nothing but still measures: a gradient that is not finite must not reach the weights.
+        limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.method.parameters(), limit)
+        self._stop_if_not_finite({"gradient of the objective": norm}, batch, epoch)
+        self.optimizer.step()
+        if reporting:
+            self._report(epoch, losses, norms, objective)
+        self.step += 1
+
+    def _report(self, epoch: int, losses: Mapping[str, Tensor], norms: Mapping[str, float], total: Tensor) -> None:
+        weights = self.method.current_weights()
+        values = {"total": float(total.detach())}
+        for name, value in losses.items():
+            values[f"loss/{name}"] = float(value.detach())
+            values[f"weight/{name}"] = weights[name]
+            values[f"grad_norm/{name}"] = norms[name]
+        values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        self._log(epoch, "train", values)
+
+    def _stop_if_not_finite(self, losses: Mapping[str, Tensor], batch: Batch, epoch: int) -> None:
+        bad = [name for name, value in losses.items() if not bool(torch.isfinite(value).all())]
+        if not bad:
+            return
+        path = self.folder / "not_finite.json"
+        facts = {
+            "epoch": epoch,
+            "step": self.step,
+            "losses": {name: str(float(value.detach())) for name, value in losses.items()},
+            "image_id": list(batch.image_id),
+            "text_id": list(batch.text_id),
+        }
+        tables.write_text(path, json.dumps(facts, indent=2) + "\n")
+        raise DataError(
+            f"`{bad[0]}` is not finite at step {self.step} (epoch {epoch + 1}), in the batch that starts with "
+            f"image `{batch.image_id[0] if batch.image_id else '?'}`; the whole batch is listed in {path}.",
+            hint="Lower train.lr or set train.clip_grad_norm; with other settings the training starts over.",
+        )
+
+    def _log(self, epoch: int, split: str, values: Mapping[str, float]) -> None:
+        now = time.time()
+        common = {"stage": self.stage, "step": self.step, "epoch": epoch, "split": split, "seconds": now}
+        self.rows += [{**common, "name": name, "value": float(value)} for name, value in values.items()]
+
+    def _validate(self, epoch: int) -> None:
+        if (epoch + 1) % self.config.validate_every and epoch + 1 < self.config.epochs:
+            return
+        self.method.eval()
+        found = self.validate(self.method)
+        self._log(epoch, self.config.select, found)
+        value = found[self.config.select_metric]
+        shown = ", ".join(f"{name} {100 * number:.1f}" for name, number in found.items())
+        log.info(f"epoch {epoch + 1}/{self.config.epochs}: {self.config.select} {shown}")
+        if value > self.best_value:
+            self.best_epoch, self.best_value = epoch, value
+            tables.write_bytes(self._best_path(), save(_tensors(self.method)))
+
+    def _best_path(self) -> Path:
+        # Named after the training and the epoch: a file of another training, or newer than the state, is never taken.
+        return self.folder / "last" / f"best-{self.fingerprint[:12]}-{self.best_epoch}.safetensors"
+
+    def _save(self, epoch: int) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "epoch": epoch,
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "training_state": self.method.training_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": [self.best_epoch, self.best_value],
+            "trained": [self.trained_seconds, self.trained_images],
+            "history": self.rows,
+        }
+        _save_whole(state, self.folder / "last" / "state.pt")
+        for file in (self.folder / "last").iterdir():
+            stale = file.name.startswith("best-") and file != self._best_path()
+            if stale or file.name.endswith(".tmp"):
+                file.unlink(missing_ok=True)
+
+    def _resume(self) -> int:
+        """Load the last whole epoch of the same training, if any; return the epoch to go on with."""
+        path = self.folder / "last" / "state.pt"
+        if not path.is_file():
+            return 0
+        try:
+            # On the CPU first: the optimiser then keeps its step counters there, and no second copy fills the GPU.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise DataError(f"{path} is damaged ({type(error).__name__}).", hint="Start over with --force.") from None
+        if state["fingerprint"] != self.fingerprint:
+            log.info("The settings or inputs changed since the last training here: starting over.")
+            return 0
+        self.method.load_state_dict(state["method"])
+        self.method.load_training_state(state["training_state"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best_epoch, self.best_value = state["best"]
+        self.trained_seconds, self.trained_images = state["trained"]
+        self.rows, self.step = state["history"], state["step"]
+        log.info(f"Continuing after epoch {state['epoch'] + 1} of {self.config.epochs}.")
+        return int(state["epoch"]) + 1
+
+    def _restore_best(self) -> None:
+        if self.best_epoch >= 0:
+            path = self._best_path()
+            try:
+                self.method.load_state_dict(load_file(path, device=str(self.device)), strict=False)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path} is missing or damaged ({error}).", hint="Train again with --force.") from None
+        self.method.eval()
+
+
+def _save_whole(state: Mapping[str, Any], path: Path) -> None:
+    """Write training state, whole or not at all, without a second copy in memory."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # PyTorch reports a full disk as a RuntimeError of its zip writer.
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"Cannot write {path}: {str(error).splitlines()[0]}.", hint="Is the disk full?") from None
+
+
+def _tensors(method: Method) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in unique_state(method).items()}

@@ -1,0 +1,260 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from conftest import corpus_of, write_dataset
+from safetensors.torch import load_file
+
+from reidctl.backbones.weights import build
+from reidctl.config import parse_section
+from reidctl.data import AugmentConfig, TrainingSet
+from reidctl.device import resolve_device
+from reidctl.errors import DataError, UsageError
+from reidctl.methods.base import build_method, unique_state
+from reidctl.training import TrainConfig, Trainer, build_optimizer, learning_rate_factor
+
+SMALL = TrainConfig(
+    epochs=4, batch=12, instances=3, lr=1e-3, lr_new=1e-3, warmup_epochs=0, log_every=1, device="cpu",
+    augment=AugmentConfig(pad=2),
+)  # fmt: skip
+
+
+def trainer(folder, out, config=SMALL, name="bdam", validate=None, seed=0):
+    torch.manual_seed(seed)
+    spec, settings = {
+        "bdam": (
+            "vit-bert:micro",
+            {"depth": 1, "heads": 2, "dropout": 0.1, "fusion": {"width": 16, "sequence": "pair"}},
+        ),
+        "irra": ("clip:micro", {"mlm_layers": 1}),
+    }[name]
+    backbone = build(spec)
+    method = build_method(name, settings, backbone, 8)
+    samples = TrainingSet(
+        corpus_of(folder), size=backbone.image_size, mean=backbone.mean, std=backbone.std, tokenize=backbone.tokenize,
+        texts=method.train_texts, target=method.target_text, augment=config.augment, seed=seed,
+    )  # fmt: skip
+    return Trainer(
+        method, samples, validate or (lambda m: {"rank1": 0.5, "mAP": 0.5}), config, out, seed=seed, stage="finetune",
+        fingerprint="f",
+    )  # fmt: skip
+
+
+def state(method):
+    return {name: value.clone() for name, value in unique_state(method).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.covers(60)
+@pytest.mark.parametrize("name", ["bdam", "irra"])
+def test_a_training_that_was_killed_ends_with_the_same_weights_bit_for_bit(blocks, tmp_path, name):
+    values = iter([0.2, 0.6, 0.4, 0.5])
+    whole = trainer(blocks, tmp_path / "whole", name=name, validate=lambda m: {"rank1": next(values), "mAP": 0.0})
+    expected = whole.run()
+
+    values = {1: 0.2, 2: 0.6, 3: 0.4, 4: 0.5}
+    calls = []
+
+    def validate(method):
+        calls.append(0)
+        if len(calls) == 3:
+            raise Killed
+        return {"rank1": values[len(calls) - (len(calls) > 3)], "mAP": 0.0}
+
+    with pytest.raises(Killed):
+        trainer(blocks, tmp_path / "parts", name=name, validate=validate).run()
+    second = trainer(blocks, tmp_path / "parts", name=name, validate=validate)
+    outcome = second.run()
+    assert outcome.resumed_from == 2 and outcome.best_epoch == expected.best_epoch == 1
+    assert same(state(whole.method), state(second.method))
+    shown = ["epoch", "step", "name"]
+    losses = outcome.history["name"].str.startswith(("loss", "weight", "grad", "total", "lr"))
+    mine, theirs = (
+        outcome.history[losses],
+        expected.history[expected.history["name"].isin(set(outcome.history["name"][losses]))],
+    )
+    assert mine[shown].values.tolist() == theirs[shown].values.tolist()
+    assert mine["value"].tolist() == theirs["value"].tolist()
+
+
+@pytest.mark.covers(226)
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(blocks, tmp_path):
+    config = SMALL.replace(epochs=1)
+    runs = []
+    for number, seed in enumerate((0, 0, 1)):
+        one = trainer(blocks, tmp_path / str(number), config, seed=seed)
+        one.run()
+        runs.append(state(one.method))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+def test_state_of_other_settings_is_not_continued(blocks, tmp_path):
+    trainer(blocks, tmp_path, SMALL.replace(epochs=1)).run()
+    other = trainer(blocks, tmp_path, SMALL.replace(epochs=1))
+    other.fingerprint = "g"
+    assert other.run().resumed_from == 0
+
+
+def test_damaged_state_is_named(blocks, tmp_path):
+    trainer(blocks, tmp_path, SMALL.replace(epochs=1)).run()
+    (tmp_path / "last" / "state.pt").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"state\.pt is damaged.*--force"):
+        trainer(blocks, tmp_path, SMALL.replace(epochs=1)).run()
+
+
+@pytest.mark.covers(31)
+def test_the_epoch_with_the_best_validation_value_is_kept(blocks, tmp_path):
+    seen, values = [], [0.1, 0.7, 0.3, 0.6]
+
+    def validate(method):
+        seen.append(state(method))
+        return {"rank1": values[len(seen) - 1], "mAP": 0.0}
+
+    one = trainer(blocks, tmp_path, validate=validate)
+    outcome = one.run()
+    assert (outcome.best_epoch, outcome.best_value) == (1, 0.7)
+    assert same(state(one.method), seen[1]) and not same(seen[1], seen[3])
+    (kept,) = (tmp_path / "last").glob("best-*")
+    assert kept.name.endswith("-1.safetensors") and same(load_file(kept), seen[1])
+
+
+@pytest.mark.covers(39)
+def test_history_has_every_loss_its_weight_its_gradient_norm_and_the_rate(blocks, tmp_path):
+    one = trainer(blocks, tmp_path, SMALL.replace(epochs=1))
+    history = one.run().history
+    for loss in one.method.current_weights():
+        for kind in ("loss", "weight", "grad_norm"):
+            assert (history["name"] == f"{kind}/{loss}").any()
+    assert {"total", "lr", "images_per_second", "loader_share", "rank1", "mAP"} <= set(history["name"])
+    step = history[(history["step"] == 0) & (history["split"] == "train")].set_index("name")["value"]
+    weighted = sum(step[f"weight/{loss}"] * step[f"loss/{loss}"] for loss in one.method.current_weights())
+    assert step["total"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_a_best_file_of_another_training_is_never_taken(blocks, tmp_path):
+    values = iter([0.9, 0.1, 0.2])
+    one = trainer(blocks, tmp_path, SMALL.replace(epochs=3), validate=lambda m: {"rank1": next(values), "mAP": 0.0})
+    one.fingerprint = "first"
+    one.run()
+    expected = state(one.method)
+    other = trainer(blocks, tmp_path, SMALL.replace(epochs=1), seed=1)
+    other.fingerprint = "second"
+    other._validate(0)  # killed after its best weights, before its state
+    again = trainer(blocks, tmp_path, SMALL.replace(epochs=3))
+    again.fingerprint = "first"
+    assert again.run().resumed_from == 3 and same(state(again.method), expected)
+
+
+def test_zero_epochs_keep_the_starting_weights_and_still_validate(blocks, tmp_path):
+    one = trainer(blocks, tmp_path, SMALL.replace(epochs=0))
+    before = state(one.method)
+    outcome = one.run()
+    assert same(state(one.method), before) and outcome.best_value == 0.5
+    assert set(outcome.history["name"]) == {"rank1", "mAP"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"log_every": 0}, {"batch": 0}, {"batch": 10}, {"batch": 3}, {"select_metric": "f1"}]
+)
+def test_settings_that_cannot_work_are_refused_before_training(change):
+    with pytest.raises(UsageError, match="train"):
+        parse_section(TrainConfig, {**SMALL.model_dump(), **change}, "train")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(blocks, tmp_path):
+    one = trainer(blocks, tmp_path, SMALL)
+    with torch.no_grad():
+        one.method.backbone.image.last_mlp_weight.fill_(float("nan"))
+    with pytest.raises(DataError, match=r"not finite at step 0 .*image `p\d-\d`.*not_finite\.json"):
+        one.run()
+    assert "image_id" in (tmp_path / "not_finite.json").read_text()
+
+
+@pytest.mark.covers(58)
+def test_learning_rates_follow_their_closed_forms():
+    config = TrainConfig(epochs=60, warmup_epochs=5, warmup_factor=0.1)
+    assert learning_rate_factor(config, 0) == pytest.approx(0.1)
+    assert learning_rate_factor(config, 2.5) == pytest.approx(0.55)
+    assert learning_rate_factor(config, 5) == pytest.approx(1.0)
+    assert learning_rate_factor(config, 32.5) == pytest.approx(0.5)
+    assert learning_rate_factor(config, 59) == pytest.approx(0.5 * (1 + math.cos(math.pi * 54 / 55)))
+    steps = TrainConfig(epochs=60, warmup_epochs=0, schedule="step", milestones=(30, 50))
+    assert [learning_rate_factor(steps, e) for e in (29, 30, 50)] == pytest.approx([1.0, 0.1, 0.01])
+    falling = TrainConfig(epochs=10, warmup_epochs=0, schedule="exponential", gamma=0.8)
+    assert learning_rate_factor(falling, 3) == pytest.approx(0.8**3)
+
+
+@pytest.mark.covers(59, 148)
+def test_groups_give_each_role_its_rate_and_spare_biases_and_mamba_states_from_decay(blocks, tmp_path):
+    config = SMALL.replace(lr=1e-4, lr_text=2e-5, lr_new=3e-4, weight_decay=1e-3, bias_lr_factor=2.0)
+    one = trainer(blocks, tmp_path, config)
+    groups = {
+        id(p): group for group in build_optimizer(one.method, "finetune", config).param_groups for p in group["params"]
+    }
+    facts = {name: (groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for name, p in one.method.named_parameters()}
+    for name, (rate, decay) in facts.items():
+        base = 1e-4 if name.startswith("backbone.image") else 2e-5 if name.startswith("backbone.text") else 3e-4
+        assert rate == pytest.approx(base * (2 if name.endswith("bias") else 1)), name
+        spared = name.endswith(("bias", "A_log", ".D"))
+        assert decay == (0.0 if spared else 1e-3), name
+
+
+def test_a_device_that_is_not_there_is_a_usage_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UsageError, match=r"cuda.*no CUDA device.*--device cpu"):
+        resolve_device("cuda")
+    with pytest.raises(UsageError, match="not a device"):
+        resolve_device("tpu-9000")
+
+
+@pytest.mark.slow
+@pytest.mark.covers(60)
+def test_kill_9_at_any_moment_and_again_ends_with_the_same_weights(tmp_path):
+    """A child process trains; it is killed at three different moments, then run to its end."""
+    folder = write_dataset(tmp_path / "blocks")
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys, torch
+        from pathlib import Path
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_training import SMALL, trainer, state
+        from safetensors.torch import save_file
+        torch.set_num_threads(1)
+        one = trainer(Path({str(folder)!r}), Path(sys.argv[1]), SMALL.replace(epochs=8))
+        print("ready", flush=True)
+        one.run()
+        save_file(state(one.method), sys.argv[1] + "/end.safetensors")
+        """)
+    )
+
+    def start(out):
+        out.mkdir(exist_ok=True)
+        child = subprocess.Popen([sys.executable, script, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout.readline() == b"ready\n"
+        return child
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = 0
+    for delay in (0.15, 0.4, 0.8):
+        child = start(tmp_path / "parts")
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        killed += child.wait() == -signal.SIGKILL
+    assert killed, "the child was always faster than the kill"
+    assert start(tmp_path / "parts").wait() == 0
+    assert same(load_file(tmp_path / "whole" / "end.safetensors"), load_file(tmp_path / "parts" / "end.safetensors"))
