@@ -1,0 +1,1 @@
+"""Explanation maps and the numbers that test them."""
