@@ -1,0 +1,125 @@
+"""`reidctl data`: make a dataset or read one."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reidctl.cli import options as o
+from reidctl.cli.output import emit, table
+from reidctl.errors import UsageError
+
+app = typer.Typer(
+    help="Make a synthetic dataset or import one.",
+    epilog="Example:  reidctl data synth --run runs/demo --people 60",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command("synth", epilog="Example:  reidctl data synth --run runs/demo --people 60 --images-per-person 4 --seed 1")
+def synth(
+    run: o.RunDir = o.DEFAULT_RUN,
+    people: Annotated[int | None, typer.Option(help="Identities per dataset.")] = None,
+    images_per_person: Annotated[int | None, typer.Option(help="Images of each identity.")] = None,
+    size: Annotated[str | None, typer.Option(help="Image size as HEIGHTxWIDTH, e.g. 128x64.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Visual world: a, b or both.")] = None,
+    variant: Annotated[str | None, typer.Option(help="standard or cloth-changing.")] = None,
+    clone_pairs: Annotated[float | None, typer.Option(help="Look-alike pairs: a number, or a share below 1.")] = None,
+    crossing: Annotated[int | None, typer.Option(help="Identities in both datasets (with --domain both).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that render; default: one per core.", min=1)] = None,
+    recipe: o.Recipe = None,
+    set_: o.Set = None,
+    seed: o.Seed = None,
+    force: o.Force = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Render the synthetic benchmark: people with known attributes, parts and texts."""
+    merged = o.prepare(recipe, set_, seed, quiet)
+    given: dict[str, Any] = {
+        "people": people,
+        "images_per_person": images_per_person,
+        "size": _size(size),
+        "domain": domain,
+        "variant": variant,
+        "clone_pairs": int(clone_pairs) if clone_pairs is not None and clone_pairs.is_integer() else clone_pairs,
+        "crossing": crossing,
+    }
+    merged["synth"] = {**merged.get("synth", {}), **{k: v for k, v in given.items() if v is not None}}
+    from reidctl.runs import Run
+    from reidctl.stages import data_synth
+
+    record = data_synth.run(Run(run), merged, workers=workers, force=force)
+    emit(record, run=run, as_json=json_, lines=_counts(record))
+
+
+@app.command("import", epilog="Example:  reidctl data import folder photos/ --run runs/mine")
+def import_(
+    format: Annotated[str, typer.Argument(help="cuhk-pedes, market-1501, folder or csv-table.")],
+    root: Annotated[Path, typer.Argument(help="The dataset's folder, or the CSV or Parquet file.")],
+    run: o.RunDir = o.DEFAULT_RUN,
+    carve_val: Annotated[
+        int, typer.Option(help="Take this many people out of train as a validation split (market-1501).")
+    ] = 0,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the dataset in all ids (folder, csv-table); default: the folder's or file's."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that a table's image paths are relative to (csv-table).")
+    ] = None,
+    fractions: Annotated[
+        str | None, typer.Option(help="Shares of people in train,val,test where no split is given, e.g. 0.7,0.1,0.2.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave unreadable images out, counted, instead of stopping.")] = False,
+    seed: o.Seed = None,
+    force: o.Force = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Read a public dataset, a folder of images or a CSV file; images stay where they are."""
+    o.prepare(None, None, seed, quiet)
+    from reidctl.runs import Run
+    from reidctl.stages import data_import
+
+    record = data_import.run(
+        Run(run),
+        format=format,
+        root=root,
+        seed=seed or 0,
+        force=force,
+        carve_val=carve_val,
+        skip_bad=skip_bad,
+        name=name,
+        images=images,
+        fractions=_fractions(fractions),
+    )
+    emit(record, run=run, as_json=json_, lines=_counts(record))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not all(part.isascii() and part.isdecimal() for part in (height, width)):
+        raise UsageError(f"`--size {text}` is not HEIGHTxWIDTH.", hint="For example --size 128x64.")
+    return int(height), int(width)
+
+
+def _fractions(text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        train, val, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"`--fractions {text}` is not three numbers.", hint="For example 0.7,0.1,0.2.") from None
+    return train, val, test
+
+
+def _counts(record: dict[str, Any]) -> list[str]:
+    rows = [
+        [split, str(facts["people"]), str(facts["images"]), str(facts["captions"])]
+        for split, facts in record["splits"].items()
+    ]
+    return table(["split", "people", "images", "captions"], rows) + [str(note) for note in record.get("notes", [])]

@@ -1,0 +1,40 @@
+"""`reidctl finetune`: train a retrieval model."""
+
+from typing import Annotated
+
+import typer
+
+from reidctl.cli import options as o
+from reidctl.cli.output import emit, percent
+
+EPILOG = "Example:  reidctl finetune --run runs/demo --method bdam-tiny --set train.epochs=2"
+
+
+def command(
+    run: o.RunDir = o.DEFAULT_RUN,
+    method: Annotated[
+        str | None, typer.Option(help="A method or preset; `reidctl methods` lists them, e.g. bdam, irra-tiny.")
+    ] = None,
+    device: o.Device = None,
+    data: o.Data = None,
+    captions: o.Captions = None,
+    recipe: o.Recipe = None,
+    set_: o.Set = None,
+    seed: o.Seed = None,
+    force: o.Force = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a model; the epoch is chosen on validation people. Killed runs continue where they were."""
+    merged = o.prepare(recipe, set_, seed, quiet)
+    from reidctl.runs import Run
+    from reidctl.stages import finetune
+
+    record = finetune.run(Run(run), merged, method=method, data=data, captions=captions, device=device, force=force)
+    name, value = next(iter(record["metrics"].items()))
+    lines = [
+        f"{record['method']}: {record['parameters'] / 1e6:.2f} M parameters, {record['images_per_second']} images/s on "
+        f"{record['device']}",
+        f"best {name} {percent(value)} at epoch {record['best_epoch']} of {record['epochs']}",
+    ]
+    emit(record, run=run, as_json=json_, lines=lines)

@@ -1,0 +1,102 @@
+"""`data import`: read a public dataset, a folder or a table into a run; images stay where they are."""
+
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from reidctl import tables
+from reidctl.datasets.base import Draft, Options, listing_digest, measure
+from reidctl.datasets.formats import reader, supported_options
+from reidctl.errors import DataError, UsageError
+from reidctl.runs import Run, digest
+from reidctl.stages.counting import count_splits
+
+STAGE = "data"
+
+
+def run(
+    run: Run,
+    *,
+    format: str,
+    root: Path,
+    seed: int = 0,
+    force: bool = False,
+    carve_val: int = 0,
+    skip_bad: bool = False,
+    name: str | None = None,
+    fractions: tuple[float, float, float] | None = None,
+    images: Path | None = None,
+    workers: int = 4,
+) -> dict[str, Any]:
+    """Write `images` and `captions` of a dataset; see `datasets.base.Options` for the choices.
+
+    Returns:
+        The stage's record with `status` (done, up-to-date), `splits`, `notes`, `root` and `known_people`.
+
+    Raises:
+        UsageError: an unknown format, or an option that this format does not have.
+        DataError: whatever is wrong with the dataset.
+    """
+    options = Options(seed, carve_val, skip_bad, name, fractions, images, workers)
+    _check_options(format, options)
+    if not root.exists():
+        raise DataError(f"{root} does not exist.", hint="Give the folder that holds the dataset.")
+    started = datetime.now(UTC)
+    draft = reader(format)(root, options)
+    settings = _settings(format, root, options)
+    inputs = _inputs(draft)
+    current = None if force else run.up_to_date(STAGE, settings, inputs)
+    if current is not None:
+        return {**current, "status": "up-to-date"}
+    imported = measure(draft, options)
+    run.unfinish(STAGE)
+    made = {"images": imported.images, "captions": imported.captions}
+    for table, frame in made.items():
+        tables.write_table(run.table(STAGE, table), table, frame)
+    # Part masks of a rendered dataset that this import replaces do not belong to these images.
+    run.table(STAGE, "parts").unlink(missing_ok=True)
+    record = run.finish(
+        STAGE,
+        settings=settings,
+        inputs=inputs,
+        outputs=[run.table(STAGE, table) for table in made],
+        started=started,
+        extra={
+            "splits": count_splits(imported.images, imported.captions),
+            "notes": imported.notes,
+            "root": root.resolve().as_posix(),
+            "source": format,
+            "known_people": draft.known_people,
+        },
+    )
+    return {**record, "status": "done"}
+
+
+def _check_options(format: str, options: Options) -> None:
+    """An option that a format would ignore is a mistake, not a wish."""
+    heeded = supported_options(format) | {"seed", "skip_bad", "workers"}
+    for option in fields(Options):
+        if getattr(options, option.name) != option.default and option.name not in heeded:
+            raise UsageError(f"The format {format} does not have the option `{option.name.replace('_', '-')}`.")
+
+
+def _settings(format: str, root: Path, options: Options) -> dict[str, Any]:
+    return {
+        "format": format.replace("_", "-"),
+        "root": root.resolve().as_posix(),
+        "seed": options.seed,
+        "carve_val": options.carve_val,
+        "skip_bad": options.skip_bad,
+        "name": options.name,
+        "fractions": list(options.fractions) if options.fractions else None,
+        "images": options.images.resolve().as_posix() if options.images else None,
+    }
+
+
+def _inputs(draft: Draft) -> dict[str, str]:
+    """Digests of the annotation file and of the images' names, sizes and times: no image is opened."""
+    found = {"images": listing_digest(draft)}
+    if draft.annotation is not None:
+        found["annotation"] = digest(draft.annotation)
+    return found

@@ -1,0 +1,237 @@
+"""`finetune`: train a retrieval model; the epoch is chosen on validation people."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reidctl import tables
+from reidctl.backbones.weights import build
+from reidctl.config import Section, load_recipe, parse_section, recipe_names
+from reidctl.console import log
+from reidctl.data import Corpus, PixelStore, TrainingSet
+from reidctl.device import resolve_device
+from reidctl.embedding import embed_gallery, embed_queries
+from reidctl.errors import DataError, UsageError
+from reidctl.methods.base import Method, build_method, method_class, method_names, save_method
+from reidctl.retrieval.exact import evaluate_ranking
+from reidctl.runs import Run, fingerprint
+from reidctl.stages.sources import Source, find_source
+from reidctl.training import Outcome, TrainConfig, Trainer, Validate
+
+STAGE = "finetune"
+
+
+class BackboneSettings(Section):
+    """Which towers to start from."""
+
+    spec: str
+    """`clip:<open_clip name>/<tag, hub id or path>`, `vit-bert:<hub id or path>+<hub id or path>`, `clip:tiny`, ..."""
+    image_size: tuple[int, int] | None = None
+    """(height, width) in pixels; None: the checkpoint's own."""
+    grad_checkpointing: bool = False
+
+
+def resolve(recipe: Mapping[str, Any], method: str | None) -> dict[str, Any]:
+    """Return the recipe with the method's shipped preset underneath.
+
+    `method` is a method or the name of a shipped recipe (`bdam-icme`); the recipe's own `method.name` is used when it
+    is None. Settings of the recipe win over the preset's.
+
+    Raises:
+        UsageError: no method was named, or there is none of that name.
+    """
+    named = method or dict(recipe.get("method") or {}).get("name")
+    if named is None:
+        known = ", ".join(name for name in recipe_names() if not name.endswith("quickstart"))
+        raise UsageError("No method was named.", hint=f"Use --method with one of: {known}.")
+    own = dict(recipe.get("method") or {})
+    if named in recipe_names() and (method is not None or "backbone" not in recipe):
+        preset = load_recipe(named)
+    elif named in method_names():
+        preset = {}
+    else:
+        raise UsageError(f"Unknown method `{named}`.", hint=f"One of: {', '.join(recipe_names())}.")
+    chosen = dict(preset.get("method") or {}).get("name", named)
+    if method is not None and own.get("name") not in (None, chosen, method):
+        # A recipe written for another method brings its data and training settings, not its model's.
+        recipe = {name: value for name, value in recipe.items() if name not in ("method", "backbone")}
+    merged = _merge(preset, recipe)
+    merged["method"] = {**merged.get("method", {}), "name": chosen}
+    return merged
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def run(
+    run: Run,
+    recipe: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    data: Path | None = None,
+    captions: Path | None = None,
+    device: str | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Train a method on a dataset and write model, history and record.
+
+    Args:
+        run: where the stage writes.
+        recipe: sections `method`, `backbone`, `train` and `seed` are read.
+        method: a method or preset name; wins over the recipe's.
+        data: the dataset folder; default: the run's.
+        captions: the table of identity and clothing texts; default: the run's.
+        device: wins over `train.device`.
+        force: train again even if nothing changed.
+
+    Returns:
+        The stage's record with `status` `done` or `up-to-date`.
+    """
+    recipe = resolve(recipe, method)
+    settings = dict(recipe["method"])
+    name = settings.pop("name")
+    training = parse_section(TrainConfig, recipe.get("train"), "train")
+    if device is not None:
+        training = training.replace(device=device)
+    towers = parse_section(BackboneSettings, recipe.get("backbone"), "backbone")
+    described = parse_section(method_class(name).Config, settings, "method")
+    target = resolve_device(training.device)
+    source = find_source(run, data, captions)
+    seed = int(recipe.get("seed", 0))
+    resolved = {
+        "seed": seed,
+        "method": {"name": name, **described.model_dump()},
+        "backbone": towers.model_dump(),
+        # What cannot change the weights does not make a training another one.
+        "train": training.model_dump(exclude={"device", "workers", "cache_mb", "log_every"}),
+        "device": target.type,
+    }
+    inputs = source.digests()
+    current = None if force else run.up_to_date(STAGE, resolved, inputs)
+    if current is not None:
+        return {**current, "status": "up-to-date"}
+    started = datetime.now(UTC)
+    run.unfinish(STAGE)
+    folder = run.stage_dir(STAGE)
+    if force:
+        (folder / "last" / "state.pt").unlink(missing_ok=True)
+    model, outcome = _train(source, name, settings, towers, training, folder, seed, fingerprint(resolved, inputs))
+    history = folder / "history.parquet"
+    tables.write_table(history, "history", outcome.history)
+    outputs = [*save_method(model.cpu(), folder), history]
+    record = run.finish(
+        STAGE,
+        settings=resolved,
+        inputs=inputs,
+        outputs=outputs,
+        started=started,
+        device=str(target),
+        metrics={f"{training.select}.{training.select_metric}": outcome.best_value},
+        extra={
+            "data": str(source.folder.resolve()),
+            "described": str(source.described.resolve()) if source.described else None,
+            "method": name,
+            # Digests, not names: `evaluate` refuses people it finds here.
+            "train_people": outcome.people,
+            "best_epoch": outcome.best_epoch + 1,
+            "epochs": training.epochs,
+            "selected_on": training.select,
+            "images_per_second": round(outcome.images_per_second, 1),
+            "resumed_from_epoch": outcome.resumed_from,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+    )
+    return {**record, "status": "done"}
+
+
+def _train(
+    source: Source,
+    name: str,
+    settings: Mapping[str, Any],
+    towers: BackboneSettings,
+    training: TrainConfig,
+    folder: Path,
+    seed: int,
+    digest: str,
+) -> tuple[Method, Outcome]:
+    corpus = source.corpus()
+    # The starting weights depend on the seed alone, not on what ran before in this process.
+    torch.manual_seed(seed)
+    backbone = build(towers.spec, image_size=towers.image_size)
+    backbone.set_grad_checkpointing(towers.grad_checkpointing)
+    train = corpus.of_split("train")
+    chosen = corpus.of_split(training.select)
+    if training.select == "test":
+        log.warning("The epoch is chosen on the TEST split: the result is not a test of anything unseen.")
+    _check_people(train, chosen, training.select)
+    model = build_method(name, settings, backbone, train.images["person_id"].nunique())
+    samples = TrainingSet(
+        train,
+        size=backbone.image_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        tokenize=backbone.tokenize,
+        texts=model.train_texts,
+        target=model.target_text,
+        augment=training.augment,
+        seed=seed,
+        cache_bytes=training.cache_mb << 20,
+        shuffle_labels=training.shuffle_labels,
+    )
+    cut = backbone.truncation_rate([str(text) for text in train.captions["text"]])
+    log.info(
+        f"{name}: {len(samples)} samples of {len(samples.persons)} people, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {100 * cut:.1f} % of captions are cut "
+        f"at {backbone.context_length} tokens"
+    )
+    validate = _validation(chosen, backbone.image_size, resolve_device(training.device), training.cache_mb << 20)
+    trainer = Trainer(model, samples, validate, training, folder, seed=seed, stage=STAGE, fingerprint=digest)
+    return model, trainer.run()
+
+
+def _check_people(train: Corpus, chosen: Corpus, split: str) -> None:
+    both = set(train.images["person_id"]) & set(chosen.images["person_id"])
+    if both:
+        raise DataError(
+            f"{len(both)} people are in both the train and the {split} split (first: `{min(both)}`).",
+            hint="Splits must be by person; import the dataset again.",
+        )
+
+
+def _validation(corpus: Corpus, size: tuple[int, int], device: torch.device, cache_bytes: int) -> Validate:
+    """Rank-1, mAP of text-to-image retrieval on a split; image-to-image when the split has no captions."""
+    store = PixelStore(corpus.paths(), size, cache_bytes=cache_bytes)
+    people = corpus.images["person_id"].to_numpy()
+    cameras = corpus.images["camera_id"].to_numpy()
+    texts = [str(text) for text in corpus.captions["text"]]
+    owners = people[corpus.captions["row"].to_numpy(int)] if texts else people
+
+    def validate(method: Method) -> dict[str, float]:
+        gallery = embed_gallery(method, corpus, device=device, store=store)
+        if texts:
+            found = evaluate_ranking(
+                embed_queries(method, texts, device=device), gallery, query_person=owners, gallery_person=people
+            )
+        else:
+            query = (corpus.images["role"] == "query").to_numpy()
+            found = evaluate_ranking(
+                gallery[query],
+                gallery[~query],
+                query_person=people[query],
+                gallery_person=people[~query],
+                query_camera=cameras[query],
+                gallery_camera=cameras[~query],
+                exclude="same_camera",
+            )
+        return {name: float(np.nanmean(found.queries.values(name))) for name in ("rank1", "mAP")}
+
+    return validate

@@ -1,0 +1,168 @@
+"""`index`: embed a gallery with a trained model."""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from reidctl import tables
+from reidctl.console import progress
+from reidctl.data import Corpus, build_corpus
+from reidctl.device import resolve_device
+from reidctl.embedding import embed_gallery
+from reidctl.errors import DataError
+from reidctl.methods.base import load_method
+from reidctl.runs import Run
+from reidctl.stages.sources import find_source
+
+STAGE = "index"
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+def model_digest(run: Run) -> str:
+    """Return what identifies the run's trained model; an index remembers it.
+
+    Raises:
+        DataError: nothing was trained in this run.
+    """
+    outputs = run.require("finetune")["outputs"]
+    return str(outputs["finetune/model.safetensors"]["sha256"])
+
+
+def run(
+    run: Run,
+    *,
+    split: str = "test",
+    images: Path | None = None,
+    batch: int = 128,
+    device: str = "auto",
+    data: Path | None = None,
+    captions: Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Embed the images of a split, or of a folder, and write the `embeddings` table.
+
+    Only images, and texts written from these very images, are read: no query can reach the gallery.
+
+    Args:
+        run: where the trained model is and the stage writes.
+        split: which images of the dataset; `all` for every one.
+        images: a folder of own images instead.
+        batch: images per forward pass.
+        device: where to compute.
+        data: the dataset folder; default: the run's.
+        captions: texts written from the images, for methods that read one.
+        force: embed again even if nothing changed.
+    """
+    target = resolve_device(device)
+    weights = model_digest(run)
+    if images is not None:
+        corpus, inputs = _folder(images)
+        folder = images
+    else:
+        source = find_source(run, data, captions)
+        whole = source.corpus()
+        corpus = whole if split == "all" else whole.of_split(split)
+        inputs, folder = source.digests(), source.folder
+    settings: Mapping[str, Any] = {"split": split, "images": str(images) if images else None, "model": weights}
+    current = None if force else run.up_to_date(STAGE, settings, inputs)
+    if current is not None:
+        return {**current, "status": "up-to-date"}
+    started = datetime.now(UTC)
+    run.unfinish(STAGE)
+    method = load_method(run.stage_dir("finetune"), target)
+    with progress("index", len(corpus.images)) as advance:
+        vectors = embed_gallery(method, corpus, device=target, batch=batch, advance=advance)
+    path = run.table(STAGE, "embeddings")
+    tables.write_table(path, "embeddings", embedding_rows(corpus.images, vectors))
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    record = run.finish(
+        STAGE,
+        settings=settings,
+        inputs=inputs,
+        outputs=[path],
+        started=started,
+        device=str(target),
+        metrics={
+            "images": len(vectors),
+            "dimensions": int(vectors.shape[1]),
+            "images_per_second": round(len(vectors) / max(seconds, 1e-9), 1),
+        },
+        extra={
+            "data": str(folder.resolve()),
+            "own_images": images is not None,
+            "split": split,
+            "model_sha256": weights,
+            "preprocessing": {
+                "image_size": list(method.backbone.image_size),
+                "mean": list(method.backbone.mean),
+                "std": list(method.backbone.std),
+            },
+        },
+    )
+    return {**record, "status": "done"}
+
+
+def embedding_rows(images: pd.DataFrame, vectors: Any) -> pd.DataFrame:
+    """Return rows of the `embeddings` table for images (N rows) and their unit vectors (N, D)."""
+    return pd.DataFrame(
+        {
+            "item_id": images["image_id"],
+            "role": images["role"].fillna("gallery"),
+            "modality": "image",
+            "condition": "standard",
+            "dataset": images["dataset"],
+            "split": images["split"],
+            "person_id": images["person_id"],
+            "camera_id": images["camera_id"],
+            "embedding": tables.vectors(vectors),
+        }
+    )
+
+
+def _folder(folder: Path) -> tuple[Corpus, dict[str, str]]:
+    """A folder of pictures as a corpus without people: searchable, not measurable."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of images.")
+    root = folder.resolve()
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    outside = [file for file in files if not file.resolve().is_relative_to(root)]
+    if outside:
+        raise DataError(f"{outside[0]} points outside {folder}.", hint="Copy the image into the folder.")
+    if not files:
+        raise DataError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
+    rows = []
+    listing = hashlib.sha256()
+    for file in files:
+        name = _readable(file.relative_to(root).as_posix(), folder)
+        facts = file.stat()
+        listing.update(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        rows.append({"image_id": name, "path": name, **_size(file)})
+    frame = pd.DataFrame(rows)
+    for column, value in {"dataset": "own", "split": "own", "sha256": "", "role": "gallery"}.items():
+        frame[column] = value
+    frame["person_id"] = ["own:" + name for name in frame["image_id"]]
+    for column in ("camera_id", "outfit_id", "attributes"):
+        frame[column] = None
+    return build_corpus(frame, tables.empty("captions"), None, root), {"listing": listing.hexdigest()}
+
+
+def _readable(name: str, folder: Path) -> str:
+    """The name, which must be text because it becomes the image's id."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"The file name {name!a} in {folder} is not UTF-8 text.", hint="Rename the file.") from None
+    return name
+
+
+def _size(file: Path) -> dict[str, int]:
+    try:
+        with Image.open(file) as image:
+            return {"width": image.width, "height": image.height}
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"Image {file} cannot be read ({error}).", hint="Remove it from the folder.") from None

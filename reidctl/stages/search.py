@@ -1,0 +1,124 @@
+"""`search`: rank the index for a sentence or an image."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reidctl import tables
+from reidctl.batch import Batch
+from reidctl.data import normalise, read_pixels
+from reidctl.device import resolve_device
+from reidctl.embedding import embed_queries
+from reidctl.errors import DataError, UsageError
+from reidctl.methods.base import Method, load_method
+from reidctl.report.sheet import ranking_sheet
+from reidctl.retrieval.exact import search
+from reidctl.retrieval.store import read_embeddings
+from reidctl.runs import Run, digest
+from reidctl.stages.index import model_digest
+
+
+def run(
+    run: Run,
+    *,
+    text: str | None = None,
+    image: Path | None = None,
+    top: int = 10,
+    save: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Return the best items of the run's index for one query.
+
+    Args:
+        run: with a trained model and an index made by it.
+        text: what to look for; exactly one of `text` and `image`.
+        image: a picture of the person to look for.
+        top: how many results.
+        save: also draw the results as a PNG here.
+        device: where to compute.
+
+    Raises:
+        UsageError: not exactly one query.
+        DataError: no index, or one made by another model.
+    """
+    if (text is None) == (image is None):
+        raise UsageError("Give either a sentence or --image, not both and not none.")
+    if text is not None and not text.strip():
+        raise UsageError("The sentence is empty.")
+    started = time.monotonic()
+    record = run.require("index")
+    if record["model_sha256"] != model_digest(run):
+        raise DataError("The index was made by another model than the run's.", hint="Run `reidctl index` again.")
+    stored = read_embeddings(run.table("index", "embeddings"))
+    names, people = stored.rows["item_id"], stored.rows["person_id"]
+    target = resolve_device(device)
+    method = load_method(run.stage_dir("finetune"), target)
+    query = _query(method, text, image, target)
+    rows, scores = search(query, stored.vectors, top=top, gallery_id=names)
+    paths = _paths(run, record)
+    results: list[dict[str, Any]] = [
+        {
+            "rank": place + 1,
+            "image_id": str(names[row]),
+            "person_id": str(people[row]),
+            "score": float(score),
+            "path": str(paths[str(names[row])]),
+        }
+        for place, (row, score) in enumerate(zip(rows[0], scores[0], strict=True))
+    ]
+    if save is not None:
+        shown = [(Path(hit["path"]), hit["image_id"], hit["score"], None) for hit in results]
+        ranking_sheet(text if text is not None else Path(str(image)), shown, save)
+    return {
+        "stage": "search",
+        "status": "done",
+        "outputs": {str(save): {}} if save else {},
+        "metrics": {"gallery": len(stored)},
+        "seconds": round(time.monotonic() - started, 3),
+        "query": text if text is not None else str(image),
+        "results": results,
+    }
+
+
+def _query(method: Method, text: str | None, image: Path | None, device: torch.device) -> np.ndarray[Any, Any]:
+    if text is not None:
+        return embed_queries(method, [text], device=device)
+    assert image is not None
+    if method.gallery_texts:
+        raise UsageError(f"`{method.name}` with this protocol reads a text beside each image; search by text instead.")
+    backbone = method.backbone
+    pixels = normalise(read_pixels(image, backbone.image_size)[None], backbone.mean, backbone.std)
+    with torch.inference_mode():
+        found: np.ndarray[Any, Any] = method.embed_images(Batch(image=pixels.to(device))).float().cpu().numpy()
+    return found
+
+
+def _paths(run: Run, record: dict[str, Any]) -> dict[str, Path]:
+    """Where every indexed image lies."""
+    root = Path(record["data"])
+    if record["own_images"]:
+        return _OwnPaths(root)
+    # The run's own data first: a run directory may have been moved since it was indexed.
+    for folder in (run.stage_dir("data"), root):
+        table = folder / "images.parquet"
+        if table.is_file() and digest(table) == record["inputs"]["images"]:
+            root = folder
+            break
+    else:
+        raise DataError("The images that were indexed are gone or have changed.", hint="Run `reidctl index` again.")
+    images = tables.read_table(root / "images.parquet", "images", ["image_id", "path"])
+    return {name: root / path for name, path in zip(images["image_id"], images["path"], strict=True)}
+
+
+class _OwnPaths(dict[str, Path]):
+    """Own images are named by their path below the folder."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Path:
+        return self.root / name

@@ -1,0 +1,95 @@
+"""Where a stage finds what it reads: the dataset folder and the texts that describe its images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from reidctl import tables
+from reidctl.data import Corpus, build_corpus
+from reidctl.errors import DataError
+from reidctl.runs import Run, digest
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as files.
+
+    Attributes:
+        folder: holds `images.parquet` and, if there are captions, `captions.parquet`.
+        described: the table of identity and clothing texts; None if the images were not described.
+    """
+
+    folder: Path
+    described: Path | None
+
+    @property
+    def images(self) -> Path:
+        """The images table."""
+        return self.folder / "images.parquet"
+
+    @property
+    def captions(self) -> Path:
+        """The captions table; need not exist."""
+        return self.folder / "captions.parquet"
+
+    @property
+    def parts(self) -> Path:
+        """The table of true part masks; need not exist."""
+        return self.folder / "parts.parquet"
+
+    def digests(self) -> dict[str, str]:
+        """Digest by name of the tables there are: what decides whether a stage is up to date."""
+        files = {"images": self.images, "captions": self.captions, "described": self.described}
+        return {name: digest(path) for name, path in files.items() if path is not None and path.is_file()}
+
+    def corpus(self) -> Corpus:
+        """Read the tables and join them; see `build_corpus` for what is raised."""
+        images = tables.read_table(self.images, "images")
+        captions = tables.read_table(self.captions, "captions") if self.captions.is_file() else tables.empty("captions")
+        described = tables.read_table(self.described, "captions") if self.described is not None else None
+        return build_corpus(images, captions, described, self.folder)
+
+
+def find_source(run: Run, data: Path | None = None, captions: Path | None = None) -> Source:
+    """Return the dataset of a run: the folder given, else the run's own, else the one its model was trained on.
+
+    Raises:
+        DataError: there is none, or a given path does not exist.
+    """
+    if data is not None:
+        folder = data
+        if not (folder / "images.parquet").is_file():
+            raise DataError(f"{folder} holds no images.parquet.", hint="Give the folder of a finished `data` stage.")
+    else:
+        folder = _own_folder(run)
+    if captions is not None and not captions.is_file():
+        raise DataError(f"No table of texts at {captions}.")
+    return Source(folder, captions or _own_texts(run, folder))
+
+
+def _own_folder(run: Run) -> Path:
+    if run.record("data") is not None:
+        return run.stage_dir("data")
+    trained = run.record("finetune")
+    if trained is not None:
+        folder = Path(trained["data"])
+        # The run's own folder without a record is a dataset that was never finished.
+        if folder != run.stage_dir("data").resolve() and (folder / "images.parquet").is_file():
+            return folder
+    raise DataError(
+        f"{run.path} has no dataset.",
+        hint=f"Run `reidctl data synth --run {run.path}` or `reidctl data import`, or give --data FOLDER.",
+    )
+
+
+def _own_texts(run: Run, folder: Path) -> Path | None:
+    """Texts written for exactly these images: the run's own, those beside the dataset, or those trained with."""
+    images = digest(folder / "images.parquet") if (folder / "images.parquet").is_file() else ""
+    for other in (run, Run(folder.resolve().parent)):
+        record = other.record("caption")
+        if record is not None and record["inputs"]["images"] == images:
+            return other.table("caption", "captions")
+    trained = run.record("finetune")
+    if trained is not None and trained["inputs"].get("images") == images and trained.get("described"):
+        path = Path(trained["described"])
+        return path if path.is_file() else None
+    return None
