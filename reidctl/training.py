@@ -22,11 +22,12 @@ from reidctl import tables
 from reidctl.batch import Batch
 from reidctl.config import Section
 from reidctl.console import log, progress
-from reidctl.data import AugmentConfig, Key, TrainingSet, identity_batches, random_batches
+from reidctl.data import AugmentConfig, Key, TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError
 from reidctl.methods.base import Method, unique_state
 from reidctl.runs import fingerprint
+from reidctl.sampling import identity_batches, random_batches
 
 Validate = Callable[[Method], dict[str, float]]
 

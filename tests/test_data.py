@@ -18,12 +18,11 @@ from reidctl.data import (
     TrainingSet,
     augment_image,
     build_corpus,
-    identity_batches,
     normalise,
-    random_batches,
     read_pixels,
 )
 from reidctl.errors import DataError, UsageError
+from reidctl.sampling import identity_batches, random_batches
 
 STILL = AugmentConfig(flip=0, pad=0, erase=0)
 

@@ -16,7 +16,7 @@ GROUPS = [
     {"training", "captioning", "explain", "evaluation", "report"},
     {"embedding"},
     {"methods", "data", "synthped"},
-    {"backbones", "layers", "retrieval", "runs", "datasets", "device"},
+    {"backbones", "layers", "retrieval", "runs", "datasets", "device", "sampling"},
     {"losses", "metrics", "tables", "config", "console", "batch", "masks"},
     {"errors"},
 ]
