@@ -40,10 +40,8 @@ class Batch:
         texts: tokens by role. `full` is the caption, `identity` and `clothing` the two MLLM texts;
             `fusion` is the identity text of ANOTHER image of the same person (never of this sample's own texts).
         image_id, text_id: where each row came from, for messages and for the leak tests.
-        domain: dataset index, shape (B,), int64.
         clothing_group: equal numbers mean equal clothing texts, shape (B,), int64.
         has_fusion: rows whose `fusion` text may be read, shape (B,), bool.
-        side_flip: whether the image was mirrored, shape (B,), bool.
     """
 
     image: Tensor | None = None
@@ -51,10 +49,8 @@ class Batch:
     texts: dict[str, Tokens] = field(default_factory=dict)
     image_id: tuple[str, ...] = ()
     text_id: tuple[str, ...] = ()
-    domain: Tensor | None = None
     clothing_group: Tensor | None = None
     has_fusion: Tensor | None = None
-    side_flip: Tensor | None = None
 
     def __len__(self) -> int:
         if self.image is not None:

@@ -402,7 +402,6 @@ class TrainingSet(Dataset[Sample]):
             text_id=tuple(self._text_name(sample) for sample in samples),
             clothing_group=torch.from_numpy(self.tokens.group[self._offsets["clothing"] + rows]),
             has_fusion=torch.from_numpy(fusion >= 0),
-            side_flip=torch.tensor([sample.flipped for sample in samples]),
         )
 
     def _text_name(self, sample: Sample) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _Reverse(torch.autograd.Function):
@@ -28,15 +28,3 @@ def reverse_gradient(x: Tensor, strength: float = 1.0) -> Tensor:
     """
     reversed_: Tensor = _Reverse.apply(x, strength)
     return reversed_
-
-
-class GradientReversal(nn.Module):
-    """`reverse_gradient` as a module; `strength` may be changed between steps (a warm-up)."""
-
-    def __init__(self, strength: float = 1.0) -> None:
-        super().__init__()
-        self.strength = strength
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` with its gradient reversed, any shape."""
-        return reverse_gradient(x, self.strength)

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from reidctl import tables
@@ -232,6 +231,12 @@ def _validation(corpus: Corpus, size: tuple[int, int], device: torch.device, cac
                 gallery_camera=cameras[~query],
                 exclude="same_camera",
             )
-        return {name: float(np.nanmean(found.queries.values(name))) for name in ("rank1", "mAP")}
+        if not found.queries.scored:
+            raise DataError(
+                "No query of the split that chooses the epoch has a match, so no epoch can be chosen.",
+                hint="It needs captions, or query and gallery roles with several cameras per person.",
+            )
+        means = found.queries.means()
+        return {name: means[name] for name in ("rank1", "mAP")}
 
     return validate
