@@ -45,7 +45,10 @@ class Options:
         name: the dataset's name in ids; None: the format's, folder's or file's own.
         fractions: share of people in (train, val, test) where the source has no splits; None: 0.7, 0.1, 0.2.
         images: folder that relative image paths of a table start from; None: the table's folder.
-        workers: threads that open images.
+        workers: processes that open images; 0: one per core.
+        descriptions: a file of identity and clothing texts by image.
+        lenient: skip entries that are not as documented and list them in `Draft.problems`, instead of stopping at the
+            first; for `data check`.
     """
 
     seed: int = 0
@@ -54,7 +57,9 @@ class Options:
     name: str | None = None
     fractions: tuple[float, float, float] | None = None
     images: Path | None = None
-    workers: int = 4
+    workers: int = 0
+    descriptions: Path | None = None
+    lenient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ class Draft:
         annotation: the file the entries come from; None where file names are the annotation.
         notes: sentences for the user.
         known_people: whether equal person ids mean the same person (without them there are no metrics).
+        problems: one sentence for every entry that a lenient reader skipped.
     """
 
     dataset: str
@@ -94,6 +100,24 @@ class Draft:
     annotation: Path | None = None
     notes: list[str] = field(default_factory=list)
     known_people: bool = True
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a format recognises in a folder, found without reading annotations or images.
+
+    Attributes:
+        folder: where the dataset is: the folder asked about or one inside it.
+        variant: which of the layouts in circulation this is, in words.
+        missing: files and sub-folders, relative to `folder`, that a whole copy has and this one lacks.
+        notes: sentences for the user about this variant.
+    """
+
+    folder: Path
+    variant: str
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass

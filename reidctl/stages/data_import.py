@@ -7,7 +7,7 @@ from typing import Any
 
 from reidctl import tables
 from reidctl.datasets.base import Draft, Options, listing_digest, measure
-from reidctl.datasets.formats import reader, supported_options
+from reidctl.datasets.registry import reader, supported_options
 from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run, digest
 from reidctl.stages.counting import count_splits

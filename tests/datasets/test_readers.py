@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reidctl.datasets.base import Entry, Options, image_facts, measure, safe_join
-from reidctl.datasets.formats import format_names, reader
+from reidctl.datasets.registry import format_names, reader
 from reidctl.datasets.splits import carve_validation, split_people
 from reidctl.errors import DataError, UsageError
 
@@ -69,8 +69,8 @@ def test_format_names_are_the_file_names_and_load_no_reader():
     assert {"cuhk-pedes", "csv-table", "folder", "market-1501"} <= set(format_names())
     assert not {"base", "formats", "splits"} & set(format_names())
     code = (
-        "import sys; from reidctl.datasets.formats import format_names; format_names();"
-        "assert not {'torch', 'pandas', 'PIL', 'reidctl.datasets.csv_table'} & set(sys.modules)"
+        "import sys; from reidctl.datasets.registry import format_names; format_names();"
+        "assert not {'torch', 'pandas', 'PIL', 'reidctl.datasets.formats.csv_table'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
