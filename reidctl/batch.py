@@ -1,5 +1,6 @@
 """What a method sees: every tensor of a batch, with its shape."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -25,6 +26,10 @@ class Tokens:
     def __getitem__(self, rows: Tensor | slice) -> "Tokens":
         return Tokens(self.ids[rows], self.mask[rows])
 
+    def pin(self) -> "Tokens":
+        """Return the same tokens in page-locked memory."""
+        return Tokens(self.ids.pin_memory(), self.mask.pin_memory())
+
     def to(self, device: torch.device | str) -> "Tokens":
         """Return the same tokens on another device."""
         return Tokens(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
@@ -32,7 +37,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and texts of B samples; what a sample lacks is None for the whole batch.
+    """Images and texts of B samples, T of which have a text; what no sample has is None for the whole batch.
+
+    Texts have T rows: a sample without a caption carries no text tensor. `pairs` returns the part where images and
+    texts are aligned.
 
     Attributes:
         image: pixels normalised with the backbone's statistics, shape (B, 3, H, W).
@@ -42,6 +50,8 @@ class Batch:
         image_id, text_id: where each row came from, for messages and for the leak tests.
         clothing_group: equal numbers mean equal clothing texts, shape (B,), int64.
         has_fusion: rows whose `fusion` text may be read, shape (B,), bool.
+        has_text: samples with a text, in the order of the texts' rows, shape (B,), bool; None: all of them.
+        domain: which dataset a sample is from, shape (B,), int64; numbers follow the sorted names of the datasets.
     """
 
     image: Tensor | None = None
@@ -51,20 +61,28 @@ class Batch:
     text_id: tuple[str, ...] = ()
     clothing_group: Tensor | None = None
     has_fusion: Tensor | None = None
+    has_text: Tensor | None = None
+    domain: Tensor | None = None
 
     def __len__(self) -> int:
         if self.image is not None:
             return self.image.shape[0]
         return len(next(iter(self.texts.values()))) if self.texts else 0
 
+    def pin(self) -> "Batch":
+        """Return the same batch in page-locked memory, from which a GPU copies while it computes."""
+        texts = {name: tokens.pin() for name, tokens in self.texts.items()}
+        return self._mapped(lambda value: value.pin_memory(), texts)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on another device."""
-        moved: dict[str, Any] = {"texts": {name: tokens.to(device) for name, tokens in self.texts.items()}}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                moved[item.name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)
+        texts = {name: tokens.to(device) for name, tokens in self.texts.items()}
+        return self._mapped(lambda value: value.to(device, non_blocking=True), texts)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], texts: dict[str, Tokens]) -> "Batch":
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        changed: dict[str, Any] = {n: change(value) for n, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, texts=texts, **changed)
 
     def require(self, name: str) -> Tensor:
         """Return tensor `name`, which the caller cannot do without.
@@ -76,3 +94,18 @@ class Batch:
         if not isinstance(value, Tensor):
             raise ValueError(f"this batch carries no `{name}`")
         return value
+
+    def pairs(self) -> "Batch":
+        """Return the samples that have a text: image i belongs to text i."""
+        if self.has_text is None:
+            return self
+        rows = self.has_text.nonzero().flatten()
+        kept = {name: getattr(self, name) for name in ("image", "person", "clothing_group", "has_fusion", "domain")}
+        parts: dict[str, Any] = {name: value if value is None else value[rows] for name, value in kept.items()}
+        return replace(
+            self,
+            **parts,
+            image_id=tuple(self.image_id[row] for row in rows.tolist()) if self.image_id else (),
+            text_id=tuple(self.text_id[row] for row in rows.tolist()) if self.text_id else (),
+            has_text=None,
+        )

@@ -1,11 +1,10 @@
-"""From tables to batches: decoding, augmentation and collation; `sampling.py` says which samples meet in a batch.
+"""From tables to batches: decoding and collation; `augment.py` changes images, `sampling.py` says which samples meet.
 
 Every random choice for a sample is a function of (seed, epoch, position), never of how many workers load it or of
 what was loaded before; this is what makes a killed training continue bit-exactly.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,90 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
+from reidctl.augment import AugmentConfig, Erase, Interpolation, apply_erase, augment_pixels
 from reidctl.batch import Batch, Tokens
-from reidctl.config import Section
+from reidctl.console import log
 from reidctl.errors import DataError
+from reidctl.pixels import PixelStore, normalise
+from reidctl.sides import mentions_side
 
 TargetText = Literal["caption", "identity", "identity+clothing", "mix"]
 Tokenize = Callable[[list[str]], Tokens]
-
-_SIDE_WORDS = ("left", "right")
-# Anything larger than this is a decompression bomb, not a picture of a person (Pillow warns at half of it).
-_MAX_PIXELS = 64_000_000
-
-
-class AugmentConfig(Section):
-    """What happens to a training image, in this order; IRRA's recipe by default."""
-
-    flip: float = 0.5
-    """Probability of a horizontal mirror image."""
-    flip_respects_sides: bool = True
-    """Never mirror an image whose texts say left or right."""
-    pad: int = 10
-    """Pixels of black added on each side before a random crop back to size."""
-    erase: float = 0.5
-    """Probability of erasing one random rectangle with the mean pixel."""
-    erase_area: tuple[float, float] = (0.02, 0.4)
-    """Smallest and largest erased share of the image."""
-
-
-def read_pixels(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Return an image as RGB at (height, width), bicubic, shape (H, W, 3).
-
-    Raises:
-        DataError: the file is missing, not an image, truncated, or absurdly large.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise DataError(f"{path} has {image.width}x{image.height} pixels; the limit is {_MAX_PIXELS:,}.")
-            rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    except FileNotFoundError:
-        raise DataError(f"Image {path} does not exist.", hint="Was the dataset moved? Import it again.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"Image {path} cannot be read ({error}).", hint="Replace it or remove its row.") from None
-    return np.asarray(rgb)
-
-
-class PixelStore:
-    """Decoded images by row, the most recent ones kept in memory.
-
-    Args:
-        paths: one file per row.
-        size: (height, width) of what is returned.
-        cache_bytes: decoded bytes to keep; 0 keeps none.
-    """
-
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], *, cache_bytes: int = 1 << 29) -> None:
-        self.paths = list(paths)
-        self.size = size
-        self._room = cache_bytes // (size[0] * size[1] * 3)
-        self._kept: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> npt.NDArray[np.uint8]:
-        """Return image `row`, shape (H, W, 3); see `read_pixels` for what is raised."""
-        if row in self._kept:
-            self._kept.move_to_end(row)
-            return self._kept[row]
-        pixels = read_pixels(self.paths[row], self.size)
-        if self._room:
-            self._kept[row] = pixels
-            if len(self._kept) > self._room:
-                self._kept.popitem(last=False)
-        return pixels
-
-
-def normalise(pixels: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Return (B, H, W, 3) bytes as (B, 3, H, W) float32 with the checkpoint's pixel statistics."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div_(255.0)
-    shape = (1, 3, 1, 1)
-    return image.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
 
 
 @dataclass(frozen=True)
@@ -132,7 +57,7 @@ class Corpus:
             present = ", ".join(sorted(set(self.images["split"])))
             raise DataError(
                 f"The dataset has no `{'`, `'.join(splits)}` split (it has: {present or 'no images'}).",
-                hint="Import it with a validation split, or name another split.",
+                hint="Import it with a validation split (`--carve-val N` takes people out of train), or name another.",
             )
         place = {int(old): new for new, old in enumerate(rows)}
         captions = self.captions[self.captions["row"].isin(place)].copy()
@@ -226,6 +151,7 @@ class TokenTable:
         return Tokens(self._ids[rows, :length].long(), mask[:, :length])
 
 
+Numbers = npt.NDArray[np.int64]
 Key = tuple[int, int, int]
 """(epoch, sample number, position in the epoch): all that decides what a sample looks like."""
 
@@ -239,10 +165,14 @@ class Sample:
     target: int
     fusion: int
     flipped: bool
+    erase: Erase | None
 
 
-class TrainingSet(Dataset[Sample]):
-    """Training examples: one per caption if the method reads texts, else one per image.
+class TrainingSet:
+    """Training examples: one per caption if the method reads captions, else one per image.
+
+    Images without a caption follow after the captions when `caption_free` says so; otherwise they are left out, but
+    their people count: classifiers have the size of the union.
 
     Args:
         corpus: the training split.
@@ -251,8 +181,10 @@ class TrainingSet(Dataset[Sample]):
         texts: which texts the method reads: any of `full`, `identity`, `clothing`.
         target: what plays the query text t_i during training.
         augment: see `AugmentConfig`.
+        interpolation: how images are resized.
         seed: of all random choices.
         shuffle_labels: give every person all texts of another person (the control that must stay at chance).
+        caption_free: make samples of images without a caption too.
 
     Raises:
         DataError: a text that the method needs is missing.
@@ -269,35 +201,47 @@ class TrainingSet(Dataset[Sample]):
         texts: Sequence[str],
         target: TargetText = "caption",
         augment: AugmentConfig | None = None,
+        interpolation: Interpolation = "bicubic",
         seed: int = 0,
         cache_bytes: int = 1 << 29,
         shuffle_labels: bool = False,
+        caption_free: bool = False,
     ) -> None:
         self.corpus = corpus
         self.statistics = (tuple(mean), tuple(std))
         self.augment = augment or AugmentConfig()
         self.target, self.seed = target, seed
         self.texts = tuple(texts)
-        self.store = PixelStore(corpus.paths(), size, cache_bytes=cache_bytes)
+        self.store = PixelStore(corpus.paths(), size, cache_bytes=cache_bytes, interpolation=interpolation)
+        self._names: list[str] = [str(name) for name in corpus.images["image_id"]]
         self.persons = sorted(set(corpus.images["person_id"]))
         index = {name: number for number, name in enumerate(self.persons)}
         self.person_of_row = np.asarray([index[name] for name in corpus.images["person_id"]], np.int64)
+        self.domains, self.domain_of_row = np.unique(corpus.images["dataset"].astype(str), return_inverse=True)
+        self._choose_samples(caption_free)
         self._prepare_texts(tokenize, shuffle_labels)
+
+    def _choose_samples(self, caption_free: bool) -> None:
+        """Captions first, so that the number of a caption is its sample's; then images without one, if wanted."""
+        captions, rows = self.corpus.captions, np.arange(len(self.corpus.images))
+        if "full" not in self.texts:
+            self.row_of_sample, self.paired = rows, len(rows)
+            self.text_ids = self._names
+            return
+        described = captions["row"].to_numpy(np.int64)
+        bare = np.setdiff1d(rows, described)
+        self.row_of_sample = np.concatenate([described, bare]) if caption_free else described
+        self.paired = len(described)
+        self.text_ids = [str(name) for name in captions["caption_id"]]
+        if len(bare) and not caption_free:
+            log.info(
+                f"{len(bare):,} training images have no caption and are not used (train.sampler: mixed uses them)."
+            )
 
     def _prepare_texts(self, tokenize: Tokenize, shuffle_labels: bool) -> None:
         corpus = self.corpus
         self._need(corpus)
-        if "full" in self.texts:
-            self.row_of_sample = corpus.captions["row"].to_numpy(np.int64)
-            captions = [str(text) for text in corpus.captions["text"]]
-        else:
-            self.row_of_sample = np.arange(len(corpus.images))
-            captions = [""] * len(corpus.images)
-        self.text_ids = (
-            [str(name) for name in corpus.captions["caption_id"]]
-            if "full" in self.texts
-            else list(corpus.images["image_id"])
-        )
+        captions = [str(text) for text in corpus.captions["text"]] if "full" in self.texts else [""] * self.paired
         identity = [text or "" for text in corpus.identity]
         clothing = [text or "" for text in corpus.clothing]
         if shuffle_labels:
@@ -308,8 +252,12 @@ class TrainingSet(Dataset[Sample]):
         self._offsets["identity+clothing"] = self._offsets["clothing"] + len(clothing)
         everything = captions + identity + clothing + both
         self.tokens = TokenTable(everything, tokenize)
-        self._has_side = np.asarray([_mentions_side(text) for text in everything])
-        self._rows_of_person = [np.flatnonzero(self.person_of_row == p) for p in range(len(self.persons))]
+        self._has_side = np.asarray([mentions_side(text) for text in everything])
+        # Whose identity text a fused feature may read: images that have one.
+        own = np.asarray([bool(text) for text in corpus.identity])
+        by_person = np.argsort(self.person_of_row, kind="stable")
+        bounds = np.searchsorted(self.person_of_row[by_person], np.arange(1, len(self.persons)))
+        self._mates_of_person = [rows[own[rows]] for rows in np.split(by_person, bounds)]
 
     def _shuffled(self, captions: list[str], identity: list[str], clothing: list[str]) -> tuple[list[str], ...]:
         """All texts of every person replaced by those of one other person, image by image at random."""
@@ -318,25 +266,30 @@ class TrainingSet(Dataset[Sample]):
         donor = np.empty_like(order)
         donor[order] = np.roll(order, 1)  # a cycle through all people: nobody keeps their own texts
         rows = [np.flatnonzero(self.person_of_row == person) for person in donor]
-        samples = [np.flatnonzero(self.person_of_sample == person) for person in donor]
+        owners = self.person_of_sample[: self.paired]
+        # A person without captions has none to give: everybody then draws from all captions.
+        samples = [np.flatnonzero(owners == person) for person in donor]
+        samples = [own if len(own) else np.arange(self.paired) for own in samples]
         given = [int(rng.choice(rows[person])) for person in self.person_of_row]
-        captions = [captions[int(rng.choice(samples[person]))] for person in self.person_of_sample]
+        captions = [captions[int(rng.choice(samples[person]))] for person in owners]
         return captions, [identity[row] for row in given], [clothing[row] for row in given]
 
     def _need(self, corpus: Corpus) -> None:
         if "full" in self.texts and not len(corpus.captions):
             raise DataError(
                 "The training split has no captions, which this method needs.",
-                hint="Use a captioned dataset, or a method that trains on images alone.",
+                hint="Use a captioned dataset, or give each image a caption (`reidctl data import csv-table`, column "
+                "`caption`).",
             )
+        used = np.unique(self.row_of_sample)
         for kind in ("identity", "clothing"):
             if kind not in self.texts and kind not in self.target:
                 continue
-            lacking = [i for i, text in enumerate(getattr(corpus, kind)) if not text]
+            lacking = [int(row) for row in used if not getattr(corpus, kind)[row]]
             if lacking:
                 name = corpus.images["image_id"].iloc[lacking[0]]
                 raise DataError(
-                    f"{len(lacking)} of {len(corpus.images)} training images have no {kind} text (first: `{name}`).",
+                    f"{len(lacking)} of {len(used)} training images have no {kind} text (first: `{name}`).",
                     hint="Run `reidctl caption` on this dataset first.",
                 )
 
@@ -356,14 +309,16 @@ class TrainingSet(Dataset[Sample]):
         row = int(self.row_of_sample[sample])
         target = self._target(sample, row, rng)
         fusion = self._fusion(row, target, rng)
-        used = [target] + ([self._offsets["clothing"] + row] if "clothing" in self.texts else [])
-        used += [fusion] if fusion >= 0 else []
+        used = [text for text in (target, fusion) if text >= 0]
+        used += [self._offsets["clothing"] + row] if "clothing" in self.texts else []
         may_flip = not (self.augment.flip_respects_sides and bool(self._has_side[used].any()))
-        pixels, flipped = augment_image(self.store[row], self.augment, rng, self.statistics[0], may_flip=may_flip)
-        return Sample(pixels, row, target, fusion, flipped)
+        seen = augment_pixels(self.store[row], self.augment, rng, may_flip=may_flip)
+        return Sample(seen.pixels, row, target, fusion, seen.flipped, seen.erase)
 
     def _target(self, sample: int, row: int, rng: np.random.Generator) -> int:
-        """The number of the text that plays t_i; `mix` is caption or identity+clothing with p = 1/2."""
+        """The number of the text that plays t_i, -1 for none; `mix` is caption or identity+clothing with p = 1/2."""
+        if sample >= self.paired:
+            return -1
         kind = self.target
         if kind == "mix":
             kind = "caption" if rng.random() < 0.5 else "identity+clothing"
@@ -375,92 +330,51 @@ class TrainingSet(Dataset[Sample]):
         Described identity texts of one person are often the same words. If some t_j of the batch contained them, the
         fused feature could find its positive by copying; with captions as targets it cannot.
         """
-        if "identity" not in self.texts or target >= self._offsets["identity"]:
+        if "identity" not in self.texts or not 0 <= target < self._offsets["identity"]:
             return -1
-        mates = self._rows_of_person[self.person_of_row[row]]
+        mates = self._mates_of_person[self.person_of_row[row]]
         mates = mates[mates != row]
         return self._offsets["identity"] + int(mates[rng.integers(len(mates))]) if len(mates) else -1
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Return samples as one batch; texts that the method does not read are left out."""
+        """Return samples as one batch; texts that the method does not read, or that a sample lacks, are left out."""
         rows = np.asarray([sample.row for sample in samples])
-        texts: dict[str, Tokens] = {}
-        if "full" in self.texts:
-            texts["full"] = self.tokens([sample.target for sample in samples])
-        for kind in ("identity", "clothing"):
-            if kind in self.texts:
-                texts[kind] = self.tokens(self._offsets[kind] + rows)
+        target = np.asarray([sample.target for sample in samples])
         fusion = np.asarray([sample.fusion for sample in samples])
-        if "identity" in self.texts:
-            # Rows without a fusion text carry their own identity tokens as filler; `has_fusion` keeps them unread.
-            texts["fusion"] = self.tokens(np.where(fusion >= 0, fusion, self._offsets["identity"] + rows))
+        paired = target >= 0
+        image = normalise(np.stack([sample.pixels for sample in samples]), *self.statistics)
+        for pixels, sample in zip(image, samples, strict=True):
+            apply_erase(pixels, sample.erase, self.augment, mean=self.statistics[0])
         return Batch(
-            image=normalise(np.stack([sample.pixels for sample in samples]), *self.statistics),
+            image=image,
             person=torch.from_numpy(self.person_of_row[rows]),
-            texts=texts,
-            image_id=tuple(self.corpus.images["image_id"].iloc[rows]),
+            texts=self._tokens(rows[paired], target[paired], fusion[paired]),
+            image_id=tuple(self._names[row] for row in rows),
             text_id=tuple(self._text_name(sample) for sample in samples),
             clothing_group=torch.from_numpy(self.tokens.group[self._offsets["clothing"] + rows]),
             has_fusion=torch.from_numpy(fusion >= 0),
+            has_text=None if paired.all() else torch.from_numpy(paired),
+            domain=torch.from_numpy(self.domain_of_row[rows]),
         )
 
+    def _tokens(self, rows: Numbers, target: Numbers, fusion: Numbers) -> dict[str, Tokens]:
+        """The texts of the samples that have one."""
+        texts: dict[str, Tokens] = {}
+        if not len(rows):
+            return texts
+        if "full" in self.texts:
+            texts["full"] = self.tokens(target)
+        for kind in ("identity", "clothing"):
+            if kind in self.texts:
+                texts[kind] = self.tokens(self._offsets[kind] + rows)
+        if "identity" in self.texts:
+            # Rows without a fusion text carry their own identity tokens as filler; `has_fusion` keeps them unread.
+            texts["fusion"] = self.tokens(np.where(fusion >= 0, fusion, self._offsets["identity"] + rows))
+        return texts
+
     def _text_name(self, sample: Sample) -> str:
+        if sample.target < 0:
+            return ""
         if sample.target < self._offsets["identity"]:
             return self.text_ids[sample.target]
-        return f"{self.corpus.images['image_id'].iloc[sample.row]}:described"
-
-
-def augment_image(
-    pixels: npt.NDArray[np.uint8],
-    config: AugmentConfig,
-    rng: np.random.Generator,
-    mean: Sequence[float],
-    *,
-    may_flip: bool = True,
-) -> tuple[npt.NDArray[np.uint8], bool]:
-    """Return a randomly mirrored, shifted and erased copy (H, W, 3), and whether it was mirrored.
-
-    Written here rather than taken from torchvision because its transforms draw from a process-wide generator, which
-    would tie a sample's look to the order of loading.
-    """
-    height, width, _ = pixels.shape
-    flipped = may_flip and rng.random() < config.flip
-    if flipped:
-        pixels = pixels[:, ::-1]
-    if config.pad:
-        padded = np.pad(pixels, ((config.pad, config.pad), (config.pad, config.pad), (0, 0)))
-        top, left = rng.integers(2 * config.pad + 1), rng.integers(2 * config.pad + 1)
-        pixels = padded[top : top + height, left : left + width]
-    if rng.random() < config.erase:
-        pixels = pixels.copy()
-        y, x, h, w = _erased_box(height, width, config.erase_area, rng)
-        pixels[y : y + h, x : x + w] = np.round(np.asarray(mean) * 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels), bool(flipped)
-
-
-def _erased_box(
-    height: int, width: int, area: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """A random rectangle of that share of the image and an aspect ratio in [0.3, 3.3] (Zhong et al. 2020)."""
-    for _ in range(10):
-        size = rng.uniform(*area) * height * width
-        aspect = np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
-        h, w = round(np.sqrt(size * aspect)), round(np.sqrt(size / aspect))
-        if 0 < h < height and 0 < w < width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    return 0, 0, 0, 0
-
-
-def _mentions_side(text: str) -> bool:
-    words = text.lower().replace("-", " ").split()
-    return any(word.strip(".,;:()'\"") in _SIDE_WORDS for word in words)
-
-
-def image_batches(
-    store: PixelStore, mean: Sequence[float], std: Sequence[float], *, batch: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield all images in order as (rows, normalised pixels of shape (b, 3, H, W))."""
-    for start in range(0, len(store), batch):
-        rows = slice(start, min(start + batch, len(store)))
-        pixels = np.stack([store[row] for row in range(rows.start, rows.stop)])
-        yield rows, normalise(pixels, mean, std)
+        return f"{self._names[sample.row]}:described"

@@ -7,9 +7,11 @@ import numpy.typing as npt
 import torch
 
 from reidctl.batch import Batch, Tokens
-from reidctl.data import Corpus, PixelStore, image_batches
+from reidctl.data import Corpus
 from reidctl.errors import DataError
+from reidctl.loading import loader_threads
 from reidctl.methods.base import Method
+from reidctl.pixels import PixelStore, image_batches
 
 Advance = Callable[[int], None]
 
@@ -33,11 +35,15 @@ def embed_gallery(
     """
     texts = {kind: _all_texts(corpus, kind) for kind in method.gallery_texts}
     backbone = method.backbone
-    store = store or PixelStore(corpus.paths(), backbone.image_size, cache_bytes=0)
+    store = store or PixelStore(
+        corpus.paths(), backbone.image_size, cache_bytes=0, interpolation=backbone.interpolation
+    )
     names = list(corpus.images["image_id"])
     pieces = []
     with torch.inference_mode():
-        for rows, image in image_batches(store, backbone.mean, backbone.std, batch=batch):
+        for rows, image in image_batches(
+            store, backbone.mean, backbone.std, batch=batch, threads=loader_threads(device.type)
+        ):
             tokens = {kind: backbone.tokenize(all_texts[rows]) for kind, all_texts in texts.items()}
             given = Batch(image=image, texts=tokens, image_id=tuple(names[rows])).to(device)
             pieces.append(method.embed_images(given).float().cpu().numpy())

@@ -193,22 +193,31 @@ def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> 
     return F.cross_entropy(logits, target, label_smoothing=smoothing) if len(target) else _zero(logits)
 
 
-def id_loss(logits_image: Tensor, logits_text: Tensor, person: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def id_loss(
+    logits_image: Tensor,
+    logits_text: Tensor,
+    person: Tensor,
+    *,
+    text_person: Tensor | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
     """Identity classification of image and text by one shared classifier: the mean of two cross-entropies.
 
     (CE(image) + CE(text)) / 2.  Zheng et al. 2017, arXiv:1711.05535; halved as in IRRA's code.
 
     Args:
         logits_image: class scores of the images, shape (B, K).
-        logits_text: class scores of the texts, shape (B, K), from the SAME classifier.
-        person: class indices, shape (B,).
+        logits_text: class scores of the texts, shape (T, K), from the SAME classifier.
+        person: class indices of the images, shape (B,).
+        text_person: class indices of the texts, shape (T,); None: those of the images.
         smoothing: label smoothing in [0, 1].
 
     Returns:
         Scalar in nats, averaged over the batch.
     """
     image = cross_entropy(logits_image, person, smoothing=smoothing)
-    return (image + cross_entropy(logits_text, person, smoothing=smoothing)) / 2
+    owners = person if text_person is None else text_person
+    return (image + cross_entropy(logits_text, owners, smoothing=smoothing)) / 2
 
 
 @_in_full_precision

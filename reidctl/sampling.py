@@ -1,19 +1,23 @@
-"""Which samples meet in a batch: P x K identity sampling and plain shuffling, as functions of a generator."""
+"""Which samples meet in a batch, as functions of a generator: P x K, random, mixed and domain-alternating.
+
+A sample is a caption with its image, or an image alone. No batch makes an image its own only positive: where two
+samples of one person meet, two images of the person meet, unless the person has only one.
+"""
+
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from reidctl.errors import DataError, UsageError
 
+Indices = npt.NDArray[np.int64]
+
 
 def identity_batches(
-    person: npt.NDArray[np.int64],
-    image: npt.NDArray[np.int64],
-    *,
-    batch: int,
-    instances: int,
-    rng: np.random.Generator,
-) -> list[npt.NDArray[np.int64]]:
+    person: Indices, image: Indices, *, batch: int, instances: int, rng: np.random.Generator
+) -> list[Indices]:
     """Return the P x K batches of one epoch: K samples of each of P = batch / instances people.
 
     A person's samples are dealt so that one image repeats only when the person has fewer than K; people with
@@ -23,79 +27,225 @@ def identity_batches(
     Args:
         person: identity index of every sample, shape (S,).
         image: image row of every sample, shape (S,).
+        batch: P * K samples; fewer only when there are fewer than P people.
+        instances: K.
+        rng: decides everything.
 
     Raises:
-        UsageError: `batch` is not a multiple of `instances`, or there are fewer than two people.
+        UsageError: `batch` is not a multiple of `instances`.
+        DataError: there are fewer than two people.
     """
     if instances < 1 or batch % instances:
         raise UsageError(f"A batch of {batch} cannot hold {instances} samples of each person.")
-    people = np.unique(person)
+    people, members = _by_value(person)
     if len(people) < 2:
         raise DataError("The training split has fewer than two people; there is nothing to tell apart.")
     per_batch = min(batch // instances, len(people))
-    by_person = np.argsort(person, kind="stable")
-    members = dict(
-        zip(people.tolist(), np.split(by_person, np.searchsorted(person[by_person], people[1:])), strict=True)
-    )
-    chunks = {p: _chunks(members[p], image, instances, rng) for p in members}
+    chunks = [_chunks(samples, image, instances, rng) for samples in members]
+    left = np.asarray([len(chunk) for chunk in chunks])
+    fresh = np.ones(len(people), bool)
     batches = []
-    fresh = set(members)
-    while len(chunks) >= per_batch or fresh:
-        names = np.asarray(sorted(chunks))
-        chosen = [int(p) for p in rng.permutation(names)[:per_batch]]
-        fillers: list[int] = []
-        if len(chosen) < per_batch:
-            fillers = [int(p) for p in rng.permutation(people) if int(p) not in chosen][: per_batch - len(chosen)]
-        spare = {p: _chunks(members[p], image, instances, rng) for p in fillers}
-        batches.append(np.concatenate([chunks[p].pop() for p in chosen] + [spare[p].pop() for p in fillers]))
-        fresh.difference_update(chosen)
-        chunks = {p: left for p, left in chunks.items() if left}
+    while (left > 0).sum() >= per_batch or fresh.any():
+        chosen = rng.permutation(np.flatnonzero(left))[:per_batch]
+        missing = per_batch - len(chosen)
+        spare = rng.permutation(np.setdiff1d(np.arange(len(people)), chosen))[:missing] if missing else chosen[:0]
+        dealt = [chunks[p].pop() for p in chosen]
+        dealt += [_chunks(members[p], image, instances, rng).pop() for p in spare]
+        batches.append(np.concatenate(dealt))
+        left[chosen] -= 1
+        fresh[chosen] = False
     return batches
 
 
-def _chunks(
-    samples: npt.NDArray[np.int64], image: npt.NDArray[np.int64], instances: int, rng: np.random.Generator
-) -> list[npt.NDArray[np.int64]]:
+def _by_value(values: Indices) -> tuple[Indices, list[Indices]]:
+    """The distinct values, sorted, and the positions of each."""
+    order = np.argsort(values, kind="stable")
+    distinct, starts = np.unique(values[order], return_index=True)
+    return distinct, np.split(order, starts[1:])
+
+
+def _chunks(samples: Indices, image: Indices, instances: int, rng: np.random.Generator) -> list[Indices]:
     """One person's samples in groups of K, different images first within the deal."""
     order = rng.permutation(samples)
-    turn: dict[int, int] = {}
-    turns = np.empty(len(order), np.int64)
-    for place, sample in enumerate(order):
-        turns[place] = turn[int(image[sample])] = turn.get(int(image[sample]), -1) + 1
-    order = order[np.argsort(turns, kind="stable")]
+    order = order[np.argsort(_turns(image[order]), kind="stable")]
+    several = len(samples) > 1 and bool((image[samples] != image[samples[0]]).any())
     groups = []
     for start in range(0, len(order), instances):
         group = order[start : start + instances]
         if len(group) < instances:
             group = np.concatenate([group, _fill(group, order, image, instances - len(group), rng)])
+        if several and len(group) > 1 and (image[group] == image[group[0]]).all():
+            # Late in the deal only the captions of one image may be left: it must not be its own only positive.
+            group[-1] = rng.choice(order[image[order] != image[group[0]]])
         groups.append(group)
     return groups[::-1]
 
 
-def _fill(
-    group: npt.NDArray[np.int64],
-    samples: npt.NDArray[np.int64],
-    image: npt.NDArray[np.int64],
-    missing: int,
-    rng: np.random.Generator,
-) -> npt.NDArray[np.int64]:
+def _turns(values: Indices) -> Indices:
+    """How often the value of each element occurred before it."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.r_[True, ordered[1:] != ordered[:-1]]
+    places = np.arange(len(values))
+    turns = np.empty(len(values), np.int64)
+    turns[order] = places - np.maximum.accumulate(np.where(first, places, 0))
+    return turns
+
+
+def _fill(group: Indices, samples: Indices, image: Indices, missing: int, rng: np.random.Generator) -> Indices:
     """Draw samples to fill a group, images not yet in it first."""
-    have = set(image[group].tolist())
-    others: list[int] = []
-    for sample in rng.permutation(samples):
-        if int(image[sample]) not in have:
-            have.add(int(image[sample]))
-            others.append(int(sample))
-    drawn = others[:missing]
-    while len(drawn) < missing:
-        drawn.append(int(samples[rng.integers(len(samples))]))
-    return np.asarray(drawn, np.int64)
+    drawn = rng.permutation(samples)
+    drawn = drawn[~np.isin(image[drawn], image[group])]
+    drawn = drawn[_turns(image[drawn]) == 0][:missing]
+    more = rng.integers(len(samples), size=missing - len(drawn))
+    return np.concatenate([drawn, samples[more]])
 
 
-def random_batches(samples: int, *, batch: int, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-    """Return one shuffled epoch in batches; a last batch of one sample joins the one before it."""
-    order = rng.permutation(samples)
-    batches = [order[start : start + batch] for start in range(0, samples, batch)]
-    if len(batches) > 1 and len(batches[-1]) < 2:
-        batches[-2:] = [np.concatenate(batches[-2:])]
+def random_batches(image: Indices, *, batch: int, rng: np.random.Generator) -> list[Indices]:
+    """Return one shuffled epoch in batches; every sample occurs once, and no image twice in a batch.
+
+    An image that would come twice waits for a later batch, so the last batches can be smaller. A batch of a single
+    sample, which has nothing to be told apart from, joins one that does not hold its image.
+
+    Args:
+        image: image row of every sample, shape (S,).
+        batch: samples in a batch.
+        rng: decides the order.
+    """
+    queue = deque(rng.permutation(len(image)).tolist())
+    rows = image.tolist()
+    waiting: list[int] = []
+    batches: list[list[int]] = []
+    while queue or waiting:
+        taken: dict[int, int] = {}
+        again: list[int] = []
+        for sample in waiting:
+            _take(sample, rows, taken, again, batch)
+        while queue and len(taken) < batch:
+            _take(queue.popleft(), rows, taken, again, batch)
+        waiting = again
+        batches.append(list(taken.values()))
+    if len(batches[-1]) == 1:
+        alone = batches[-1][0]
+        home = next((b for b in reversed(batches[:-1]) if rows[alone] not in {rows[sample] for sample in b}), None)
+        if home is not None:
+            home.append(alone)
+            batches.pop()
+    return [np.asarray(samples, np.int64) for samples in batches]
+
+
+def _take(sample: int, rows: list[int], taken: dict[int, int], again: list[int], batch: int) -> None:
+    if rows[sample] in taken or len(taken) >= batch:
+        again.append(sample)
+    else:
+        taken[rows[sample]] = sample
+
+
+def mixed_batches(
+    person: Indices,
+    image: Indices,
+    captioned: npt.NDArray[np.bool_],
+    *,
+    batch: int,
+    batch_images: int,
+    instances: int,
+    identity_pairs: bool,
+    rng: np.random.Generator,
+) -> list[Indices]:
+    """Return batches of `batch` captioned samples followed by `batch_images` caption-free images (HPL: 64 + 64).
+
+    The captioned samples define the epoch; the images are dealt P x K, anew whenever they run out, because the losses
+    that read them compare images of a person.
+
+    Args:
+        person, image: identity index and image row of every sample, shape (S,).
+        captioned: whether a sample has a text, shape (S,).
+        batch, batch_images: samples of each kind.
+        instances: K.
+        identity_pairs: deal the captioned samples P x K too; else at random.
+        rng: decides everything.
+
+    Raises:
+        DataError: there is nothing of one kind.
+    """
+    pairs, alone = np.flatnonzero(captioned), np.flatnonzero(~captioned)
+    for kind, found in (("captioned", pairs), ("caption-free", alone)):
+        if not len(found):
+            raise DataError(f"The training split has no {kind} images to mix.", hint="Use train.sampler: identity.")
+    if identity_pairs:
+        first = identity_batches(person[pairs], image[pairs], batch=batch, instances=instances, rng=rng)
+    else:
+        first = random_batches(image[pairs], batch=batch, rng=rng)
+    second: list[Indices] = []
+    while len(second) < len(first):
+        second += identity_batches(person[alone], image[alone], batch=batch_images, instances=instances, rng=rng)
+    return [np.concatenate([pairs[a], alone[b]]) for a, b in zip(first, second, strict=False)]
+
+
+def alternating_batches(
+    person: Indices,
+    image: Indices,
+    domain: Indices,
+    *,
+    batch: int,
+    instances: int,
+    power: float,
+    rng: np.random.Generator,
+) -> list[Indices]:
+    """Return P x K batches of one domain each; domain d gets a share of size_d ** power of the batches.
+
+    The epoch is long enough for every person of every domain to appear; a domain that runs out is dealt anew. The
+    domains take turns as evenly as their shares allow. MTA-CLIP does not state its rule; 0.5 is our reading.
+
+    Args:
+        person, image, domain: identity index, image row and dataset of every sample, shape (S,).
+        batch, instances: P * K and K.
+        power: 1 is proportional to size, 0 gives every domain the same.
+        rng: decides everything.
+    """
+    _, members = _by_value(domain)
+    share = np.asarray([len(samples) for samples in members], float) ** power
+    share /= share.sum()
+
+    def deal(samples: Indices) -> list[Indices]:
+        found = identity_batches(person[samples], image[samples], batch=batch, instances=instances, rng=rng)
+        return [samples[rows] for rows in found]
+
+    queues = [deque(deal(samples)) for samples in members]
+    total = int(np.ceil(max(len(queue) / part for queue, part in zip(queues, share, strict=True)) - 1e-9))
+    given = np.zeros(len(members))
+    batches = []
+    for step in range(1, total + 1):
+        turn = int(np.argmax(share * step - given))
+        given[turn] += 1
+        if not queues[turn]:
+            queues[turn].extend(deal(members[turn]))
+        batches.append(queues[turn].popleft())
     return batches
+
+
+def share_of_rank(batches: Sequence[Indices], rank: int, world: int, *, instances: int = 1) -> list[Indices]:
+    """Return one process's part of every batch: all processes get the same number of batches of the same sizes.
+
+    The batches are those of the whole group (`world` times what one process holds), made by every process from the
+    same seed; the parts in order of rank are the whole batch. Groups of K samples of one person stay together. Groups
+    that do not divide (fewer than `world` in a batch) are left out of this epoch, so that no process waits for a
+    batch that never comes and no sample is counted twice.
+
+    Args:
+        batches: the batches of the whole group.
+        rank: 0 <= rank < world.
+        world: number of processes.
+        instances: K; 1 where samples are not grouped.
+
+    Raises:
+        UsageError: `rank` is not below `world`.
+    """
+    if not 0 <= rank < world:
+        raise UsageError(f"Process {rank} is not one of {world}.")
+    parts = []
+    for whole in batches:
+        each = len(whole) // instances // world * instances
+        if each:
+            parts.append(whole[rank * each : (rank + 1) * each])
+    return parts

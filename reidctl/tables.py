@@ -69,6 +69,20 @@ SCHEMAS: dict[str, pa.Schema] = {
             "reason": _TEXT,
         },
     ),
+    # Who is who after datasets were combined, and the images that were taken out of training for it.
+    "identities": _schema({"original_id": _TEXT, "dataset": _ENUM, "person_id": _TEXT, "rule": _ENUM}),
+    "purged": _schema(
+        {
+            "image_id": _TEXT,
+            "dataset": _ENUM,
+            "split": _ENUM,
+            "person_id": _TEXT,
+            "reason": _ENUM,
+            "evidence": _TEXT,
+        }
+    ),
+    # Digests of the people and image files that a model was trained on: what `evaluate` compares its test set with.
+    "seen": _schema({"kind": _ENUM, "digest": _TEXT}),
     "styles": _schema(
         {
             "style_id": _TEXT,

@@ -1,10 +1,11 @@
 """One loop for every method and training stage: deterministic, resumable, selected on validation."""
 
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,20 +17,24 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from reidctl import tables
+from reidctl.augment import AugmentConfig
 from reidctl.batch import Batch
 from reidctl.config import Section
 from reidctl.console import log, progress
-from reidctl.data import AugmentConfig, Key, TrainingSet
+from reidctl.data import Key, TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError
+from reidctl.loading import load_ahead, loader_threads
 from reidctl.methods.base import Method, unique_state
-from reidctl.runs import fingerprint
-from reidctl.sampling import identity_batches, random_batches
+from reidctl.sampling import alternating_batches, identity_batches, mixed_batches, random_batches
 
 Validate = Callable[[Method], dict[str, float]]
+
+
+# How much of the first epoch is loaded once more to know the loader's own speed.
+_LOADER_BATCHES, _LOADER_SECONDS = 16, 3.0
 
 
 class TrainConfig(Section):
@@ -38,9 +43,16 @@ class TrainConfig(Section):
     epochs: int = Field(60, ge=0)
     """0 keeps the starting weights: zero-shot."""
     batch: int = Field(64, ge=2)
-    sampler: Literal["identity", "random"] = "identity"
-    """`identity` draws `instances` samples of each of batch / instances people."""
+    sampler: Literal["identity", "random", "mixed", "alternating"] = "identity"
+    """`identity` draws `instances` samples of each of batch / instances people; `mixed` adds `batch_images` images
+    without captions to `batch` captioned ones; `alternating` takes each batch from one dataset, in turns."""
     instances: int = Field(4, ge=1)
+    batch_images: int = Field(64, ge=2)
+    """Caption-free images in a `mixed` batch, `instances` of each person."""
+    mixed_pairs: Literal["identity", "random"] = "identity"
+    """How the captioned part of a `mixed` batch is drawn."""
+    alternation_power: float = Field(0.5, ge=0, le=1)
+    """A dataset's share of `alternating` batches is proportional to its size to this power."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """`adam` couples weight decay with the gradient, as IRRA, CLIP-ReID and BDAM do."""
     lr: float = Field(1e-5, ge=0)
@@ -64,8 +76,8 @@ class TrainConfig(Section):
     clip_grad_norm: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
-    workers: int = Field(0, ge=0)
-    """Processes that load images; 0 loads in the training process and keeps decoded images in memory."""
+    workers: int | None = Field(None, ge=0)
+    """Threads that load images ahead; 0 loads when a step asks; None: one beside a CPU, up to eight for a GPU."""
     cache_mb: int = Field(512, ge=0)
     augment: AugmentConfig = AugmentConfig()
     select: Literal["val", "test"] = "val"
@@ -78,14 +90,18 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "TrainConfig":
-        if self.sampler == "identity" and (self.batch % self.instances or self.batch < 2 * self.instances):
-            raise ValueError(f"a batch of {self.batch} is not two or more people with {self.instances} samples each")
+        sizes = [] if self.sampler == "random" else [self.batch]
+        if self.sampler == "mixed":
+            sizes = [self.batch_images, *([self.batch] if self.mixed_pairs == "identity" else [])]
+        for size in sizes:
+            if size % self.instances or size < 2 * self.instances:
+                raise ValueError(f"a batch of {size} is not two or more people with {self.instances} samples each")
         return self
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training leaves: the history, the chosen epoch (0-based) and its value, and digests of the train people."""
+    """What training leaves: the history, the chosen epoch (0-based) and its value."""
 
     history: pd.DataFrame
     best_epoch: int
@@ -93,7 +109,6 @@ class Outcome:
     seconds: float
     images_per_second: float
     resumed_from: int
-    people: list[str]
 
 
 def learning_rate_factor(config: TrainConfig, epoch: float) -> float:
@@ -185,6 +200,9 @@ class Trainer:
         self.best_epoch, self.best_value = -1, -math.inf
         self.trained_seconds = 0.0
         self.trained_images = 0
+        self.threads = loader_threads(self.device.type) if config.workers is None else config.workers
+        self.loader_rate = math.inf
+        self._complained = False
 
     def run(self) -> Outcome:
         """Train to the end, leave the best weights in the method, and return the history.
@@ -196,15 +214,18 @@ class Trainer:
         if self.config.epochs == 0:
             self._untrained()
         # One epoch tells the length of all: they differ by a few batches at most.
-        images = sum(map(len, self._batches(first))) * (self.config.epochs - first) if first < self.config.epochs else 0
+        images = 0
+        if first < self.config.epochs:
+            batches = self._batches(first)
+            images = sum(map(len, batches)) * (self.config.epochs - first)
+            self._measure_loader(first, batches)
         with progress(f"{self.stage} {self.method.name}", images) as advance:
             for epoch in range(first, self.config.epochs):
                 self._epoch(epoch, advance)
         self._restore_best()
         rate = self.trained_images / max(self.trained_seconds, 1e-9)
         history = pd.DataFrame(self.rows)
-        people = [fingerprint({"person": name}, {}) for name in self.samples.persons]
-        return Outcome(history, self.best_epoch, self.best_value, self.trained_seconds, rate, first, people)
+        return Outcome(history, self.best_epoch, self.best_value, self.trained_seconds, rate, first)
 
     def _untrained(self) -> None:
         """Zero-shot: validate the weights as they are."""
@@ -215,31 +236,66 @@ class Trainer:
 
     def _batches(self, epoch: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         rng = np.random.default_rng((self.seed, 1, epoch))
-        if self.config.sampler == "random":
-            return random_batches(len(self.samples), batch=self.config.batch, rng=rng)
-        return identity_batches(
-            self.samples.person_of_sample,
-            self.samples.row_of_sample,
-            batch=self.config.batch,
-            instances=self.config.instances,
+        config, samples = self.config, self.samples
+        person, image = samples.person_of_sample, samples.row_of_sample
+        if config.sampler == "random":
+            return random_batches(image, batch=config.batch, rng=rng)
+        if config.sampler == "identity":
+            return identity_batches(person, image, batch=config.batch, instances=config.instances, rng=rng)
+        if config.sampler == "alternating":
+            return alternating_batches(
+                person,
+                image,
+                samples.domain_of_row[image],
+                batch=config.batch,
+                instances=config.instances,
+                power=config.alternation_power,
+                rng=rng,
+            )
+        return mixed_batches(
+            person,
+            image,
+            np.arange(len(samples)) < samples.paired,
+            batch=config.batch,
+            batch_images=config.batch_images,
+            instances=config.instances,
+            identity_pairs=config.mixed_pairs == "identity",
             rng=rng,
         )
 
-    def _load(self, epoch: int, batches: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Iterator[Batch]:
+    def _load(self, epoch: int, batches: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Generator[Batch]:
         keys: list[list[Key]] = []
         position = 0
         for batch in batches:
             keys.append([(epoch, int(sample), position + place) for place, sample in enumerate(batch)])
             position += len(batch)
-        return iter(
-            DataLoader(
-                self.samples,
-                batch_sampler=keys,
-                collate_fn=self.samples.collate,
-                num_workers=self.config.workers,
-                pin_memory=self.device.type == "cuda",
+        return load_ahead(self._batch, keys, threads=self.threads)
+
+    def _batch(self, keys: list[Key]) -> Batch:
+        batch = self.samples.collate([self.samples[key] for key in keys])
+        return batch.pin() if self.device.type == "cuda" else batch
+
+    def _measure_loader(self, epoch: int, batches: list[np.ndarray[Any, np.dtype[np.int64]]]) -> None:
+        """Log how fast the loader is when nobody else computes, over the first batches; they are loaded again."""
+        started = time.monotonic()
+        images = 0
+        loading = self._load(epoch, batches)
+        for batch in itertools.islice(loading, _LOADER_BATCHES):
+            images += len(batch)
+            if time.monotonic() - started > _LOADER_SECONDS:
+                break
+        loading.close()
+        self.loader_rate = images / (time.monotonic() - started)
+        self._log(epoch, "train", {"loader_images_per_second": self.loader_rate})
+
+    def _compare_rates(self, step_rate: float) -> None:
+        """Say once if training waits for images, and what helps."""
+        if self.loader_rate < step_rate and not self._complained:
+            self._complained = True
+            log.warning(
+                f"Training waits for images: the loader alone gives {self.loader_rate:,.0f} images/s, a step "
+                f"could take {step_rate:,.0f}. Raise train.workers ({self.threads} now) or train.cache_mb."
             )
-        )
 
     def _epoch(self, epoch: int, advance: Callable[..., None]) -> None:
         # Dropout and masking draw from the process-wide generator: one seed per epoch makes an epoch a unit.
@@ -259,7 +315,10 @@ class Trainer:
         seconds = time.monotonic() - started
         self.trained_seconds += seconds
         self.trained_images += images
-        self._log(epoch, "train", {"images_per_second": images / seconds, "loader_share": waited / seconds})
+        step_rate = images / max(seconds - waited, 1e-9)
+        rates = {"images_per_second": images / seconds, "step_images_per_second": step_rate}
+        self._log(epoch, "train", {**rates, "loader_share": waited / seconds})
+        self._compare_rates(step_rate)
         self._validate(epoch)
         self._save(epoch)
 

@@ -88,3 +88,16 @@ def corpus_of(folder):
         tables.read_table(folder / "described.parquet", "captions"),
         folder,
     )
+
+
+def without_captions(folder, people):
+    """Take the captions of some people away and make them a dataset of their own, `bare`."""
+    images = tables.read_table(folder / "images.parquet", "images")
+    names = {f"blocks:{person}" for person in people}
+    bare = images["person_id"].isin(names)
+    images["dataset"] = images["dataset"].astype(str).where(~bare, "bare")
+    captions = tables.read_table(folder / "captions.parquet", "captions")
+    tables.write_table(folder / "images.parquet", "images", images)
+    kept = captions[~captions["image_id"].isin(images.loc[bare, "image_id"])]
+    tables.write_table(folder / "captions.parquet", "captions", kept)
+    return folder

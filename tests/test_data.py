@@ -1,28 +1,17 @@
 import warnings
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import corpus_of, write_dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import corpus_of, without_captions, write_dataset
 from PIL import Image
 
 from reidctl import tables
+from reidctl.augment import AugmentConfig
 from reidctl.batch import Tokens
-from reidctl.data import (
-    AugmentConfig,
-    PixelStore,
-    TokenTable,
-    TrainingSet,
-    augment_image,
-    build_corpus,
-    normalise,
-    read_pixels,
-)
-from reidctl.errors import DataError, UsageError
-from reidctl.sampling import identity_batches, random_batches
+from reidctl.data import TokenTable, TrainingSet, build_corpus
+from reidctl.errors import DataError
+from reidctl.pixels import PixelStore, normalise, read_pixels
 
 STILL = AugmentConfig(flip=0, pad=0, erase=0)
 
@@ -52,45 +41,6 @@ def training_set(folder, **changes):
     return TrainingSet(corpus_of(folder), **{**given, **changes})
 
 
-@pytest.mark.covers(15)
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-def test_every_batch_has_k_samples_of_p_people_and_the_epoch_covers_everyone(counts, p, k, seed):
-    person = np.repeat(np.arange(len(counts)), counts)
-    batches = identity_batches(
-        person, np.arange(len(person)), batch=p * k, instances=k, rng=np.random.default_rng(seed)
-    )
-    for batch in batches:
-        sizes = Counter(person[batch].tolist())
-        assert len(sizes) == min(p, len(counts)) and set(sizes.values()) == {k}
-    assert set(person[np.concatenate(batches)]) == set(range(len(counts)))
-
-
-@pytest.mark.covers(15)
-def test_no_batch_repeats_an_image_of_a_person_who_has_enough_of_them():
-    person = np.repeat([0, 1, 2, 3], 8)  # 4 images with 2 captions each
-    image = np.repeat(np.arange(16), 2)
-    for seed in range(20):
-        for batch in identity_batches(person, image, batch=8, instances=4, rng=np.random.default_rng(seed)):
-            for one in np.unique(person[batch]):
-                rows = batch[person[batch] == one]
-                assert len(set(image[rows])) == 4
-
-
-def test_sampling_that_cannot_work_is_refused():
-    rng = np.random.default_rng(0)
-    with pytest.raises(UsageError, match="batch of 10"):
-        identity_batches(np.asarray([0, 1]), np.arange(2), batch=10, instances=4, rng=rng)
-    with pytest.raises(DataError, match="fewer than two people"):
-        identity_batches(np.asarray([0, 0]), np.arange(2), batch=4, instances=2, rng=rng)
-
-
-def test_random_batches_visit_every_sample_once_and_leave_no_lonely_last_one():
-    batches = random_batches(13, batch=4, rng=np.random.default_rng(0))
-    assert sorted(np.concatenate(batches)) == list(range(13))
-    assert min(len(batch) for batch in batches) > 1
-
-
 def test_a_sample_depends_on_seed_epoch_and_place_only(blocks):
     one, other = training_set(blocks, augment=AugmentConfig()), training_set(blocks, augment=AugmentConfig())
     first = one[(3, 5, 7)]
@@ -111,14 +61,24 @@ def test_a_text_that_says_left_is_never_paired_with_a_mirrored_image(blocks):
     assert ignoring[(0, 0, 0)].flipped
 
 
-def test_a_mirrored_image_is_mirrored_and_an_erased_one_has_a_box_of_the_mean():
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 16, 3), dtype=np.uint8)
-    rng = np.random.default_rng(1)
-    mirrored, flipped = augment_image(pixels, AugmentConfig(flip=1.0, pad=0, erase=0), rng, (0.5,) * 3)
-    assert flipped and np.array_equal(mirrored, pixels[:, ::-1])
-    erased, _ = augment_image(pixels, AugmentConfig(flip=0, pad=0, erase=1.0), rng, (0.5,) * 3)
-    share = (erased == 128).all(axis=2).mean()
-    assert 0.01 < share < 0.45 and (erased != pixels).any()
+def test_an_erased_training_image_has_a_box_of_what_the_recipe_says(blocks):
+    """Erasing acts on normalised values: 0 for the mean pixel, the mean itself for IRRA's recipe."""
+    for fill, value in (("mean-pixel", 0.0), ("mean-after", 0.25)):
+        config = AugmentConfig(flip=0, pad=0, erase=1.0, erase_fill=fill)
+        samples = training_set(blocks, augment=config, mean=(0.25,) * 3, std=(0.5,) * 3)
+        plain = training_set(blocks, mean=(0.25,) * 3, std=(0.5,) * 3)
+        erased, whole = (chosen.collate([chosen[(0, 3, 3)]]).image[0] for chosen in (samples, plain))
+        changed = (erased != whole).any(dim=0)
+        assert 0.01 < changed.float().mean() < 0.45
+        assert torch.allclose(erased[:, changed], torch.tensor(value))
+
+
+@pytest.mark.covers(20)
+def test_images_are_resized_as_the_checkpoint_says(blocks):
+    path = next((blocks / "images").iterdir())
+    one, other = (read_pixels(path, (31, 17), way) for way in ("bicubic", "bilinear"))
+    assert not np.array_equal(one, other)
+    assert np.array_equal(PixelStore([path], (31, 17), interpolation="bilinear")[0], other)
 
 
 @pytest.mark.covers(142)
@@ -240,7 +200,27 @@ def test_the_pixel_cache_is_bounded_and_changes_nothing(blocks):
     small = PixelStore(paths, (64, 32), cache_bytes=3 * 64 * 32 * 3)
     for row in [0, 1, 2, 3, 4, 0, 1]:
         assert np.array_equal(small[row], read_pixels(paths[row], (64, 32)))
-    assert len(small._kept) == 3
+    assert len(small._first) + len(small._recent) == 3
+
+
+def test_the_pixel_cache_keeps_what_came_first_and_a_few_of_the_latest(blocks, monkeypatch):
+    """An LRU over a shuffled sweep forgets every image just before it is asked for again."""
+    monkeypatch.setattr("reidctl.pixels._RECENT", 2)
+    paths = corpus_of(blocks).paths()[:8]
+    store = PixelStore(paths, (64, 32), cache_bytes=5 * 3 * 64 * 32)
+    for _ in range(2):
+        for row in range(8):
+            store[row]
+    assert (sorted(store._first), sorted(store._recent)) == ([0, 1, 2], [6, 7])
+    assert PixelStore(paths, (64, 32), cache_bytes=0)[3].shape == (64, 32, 3)
+
+
+def test_the_table_of_normalised_bytes_gives_the_same_bits_as_the_arithmetic():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 24, 8, 3), dtype=np.uint8)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    plain = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).float().div(255.0)
+    plain = plain.sub(torch.tensor(mean).view(3, 1, 1)).div(torch.tensor(std).view(3, 1, 1))
+    assert torch.equal(normalise(pixels, mean, std), plain)
 
 
 def test_normalised_pixels_follow_the_checkpoint_statistics():
@@ -260,3 +240,52 @@ def test_token_rows_are_trimmed_to_the_longest_of_the_batch():
 def test_splits_that_do_not_exist_are_named(blocks):
     with pytest.raises(DataError, match="no `val` split"):
         corpus_of(blocks).of_split("val")
+
+
+@pytest.mark.covers(16)
+def test_caption_free_images_are_samples_without_text_tensors(blocks):
+    without_captions(blocks, range(5, 8))
+    samples = training_set(blocks, texts=("full",), caption_free=True)
+    assert (len(samples), samples.paired, len(samples.persons)) == (24, 15, 8)
+    batch = samples.collate([samples[(0, n, n)] for n in (0, 15, 1, 23)])
+    assert batch.has_text.tolist() == [True, False, True, False]
+    assert len(batch.texts["full"]) == 2 and len(batch) == 4
+    assert batch.text_id[1] == batch.text_id[3] == "" and decode(batch.texts["full"], 1) == samples_text(samples, 1)
+    pairs = batch.pairs()
+    assert (len(pairs), pairs.image_id) == (2, (batch.image_id[0], batch.image_id[2]))
+    assert torch.equal(pairs.image, batch.image[[0, 2]]) and pairs.has_text is None
+    alone = samples.collate([samples[(0, 20, 0)], samples[(0, 21, 1)]])
+    assert alone.texts == {} and not alone.has_text.any()
+
+
+def samples_text(samples, row):
+    return samples.corpus.captions["text"].iloc[row]
+
+
+@pytest.mark.covers(23)
+def test_every_sample_says_which_dataset_it_is_from(blocks):
+    without_captions(blocks, range(5, 8))
+    samples = training_set(blocks, texts=("full",), caption_free=True)
+    batch = samples.collate([samples[(0, n, n)] for n in range(len(samples))])
+    assert samples.domains.tolist() == ["bare", "blocks"]
+    assert batch.domain.tolist() == [1] * 15 + [0] * 9
+    people = [set(batch.person[batch.domain == domain].tolist()) for domain in (0, 1)]
+    assert not people[0] & people[1]
+
+
+@pytest.mark.covers(9)
+def test_people_without_captions_count_in_the_classifier_although_they_are_not_sampled(blocks):
+    without_captions(blocks, range(5, 8))
+    samples = training_set(blocks, texts=("full",))
+    assert len(samples) == 15 and len(samples.persons) == 8
+
+
+@pytest.mark.covers(17)
+def test_a_dataset_without_captions_is_refused_with_what_is_missing_and_the_command(blocks):
+    without_captions(blocks, range(8))
+    with pytest.raises(DataError, match=r"no captions.*data import csv-table"):
+        training_set(blocks, texts=("full",))
+    described = blocks / "described.parquet"
+    tables.write_table(described, "captions", tables.read_table(described, "captions").iloc[:0])
+    with pytest.raises(DataError, match=r"no identity text.*reidctl caption"):
+        training_set(blocks, texts=("identity",))

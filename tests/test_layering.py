@@ -17,7 +17,8 @@ GROUPS = [
     {"embedding"},
     {"methods", "data", "synthped"},
     {"backbones", "layers", "retrieval", "runs", "datasets", "device", "sampling"},
-    {"losses", "metrics", "tables", "config", "console", "batch", "masks"},
+    {"pixels"},
+    {"losses", "metrics", "tables", "config", "console", "batch", "masks", "loading", "augment", "sides"},
     {"errors"},
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}

@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from conftest import corpus_of, write_dataset
+from conftest import corpus_of, without_captions, write_dataset
 from safetensors.torch import load_file
 
+from reidctl.augment import AugmentConfig
 from reidctl.backbones.weights import build
 from reidctl.config import parse_section
-from reidctl.data import AugmentConfig, TrainingSet
+from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import build_method, unique_state
@@ -25,7 +26,7 @@ SMALL = TrainConfig(
 )  # fmt: skip
 
 
-def trainer(folder, out, config=SMALL, name="bdam", validate=None, seed=0):
+def trainer(folder, out, config=SMALL, name="bdam", validate=None, seed=0, caption_free=False):
     torch.manual_seed(seed)
     spec, settings = {
         "bdam": (
@@ -39,6 +40,7 @@ def trainer(folder, out, config=SMALL, name="bdam", validate=None, seed=0):
     samples = TrainingSet(
         corpus_of(folder), size=backbone.image_size, mean=backbone.mean, std=backbone.std, tokenize=backbone.tokenize,
         texts=method.train_texts, target=method.target_text, augment=config.augment, seed=seed,
+        caption_free=caption_free,
     )  # fmt: skip
     return Trainer(
         method, samples, validate or (lambda m: {"rank1": 0.5, "mAP": 0.5}), config, out, seed=seed, stage="finetune",
@@ -138,7 +140,16 @@ def test_history_has_every_loss_its_weight_its_gradient_norm_and_the_rate(blocks
     for loss in one.method.current_weights():
         for kind in ("loss", "weight", "grad_norm"):
             assert (history["name"] == f"{kind}/{loss}").any()
-    assert {"total", "lr", "images_per_second", "loader_share", "rank1", "mAP"} <= set(history["name"])
+    assert {
+        "total",
+        "lr",
+        "images_per_second",
+        "step_images_per_second",
+        "loader_images_per_second",
+        "loader_share",
+        "rank1",
+        "mAP",
+    } <= set(history["name"])
     step = history[(history["step"] == 0) & (history["split"] == "train")].set_index("name")["value"]
     weighted = sum(step[f"weight/{loss}"] * step[f"loss/{loss}"] for loss in one.method.current_weights())
     assert step["total"] == pytest.approx(weighted, rel=1e-5)
@@ -258,3 +269,53 @@ def test_kill_9_at_any_moment_and_again_ends_with_the_same_weights(tmp_path):
     assert killed, "the child was always faster than the kill"
     assert start(tmp_path / "parts").wait() == 0
     assert same(load_file(tmp_path / "whole" / "end.safetensors"), load_file(tmp_path / "parts" / "end.safetensors"))
+
+
+def test_the_loaders_threads_do_not_change_the_weights(blocks, tmp_path):
+    ends = []
+    for workers in (0, 1, 3):
+        one = trainer(blocks, tmp_path / str(workers), SMALL.replace(epochs=1, workers=workers))
+        one.run()
+        ends.append(state(one.method))
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+
+
+def test_a_training_that_waits_for_images_says_so_once(blocks, tmp_path, caplog, monkeypatch):
+    one = trainer(blocks, tmp_path, SMALL.replace(epochs=2))
+    load = one.samples.__class__.__getitem__
+    slow = lambda self, key: (time.sleep(0.02), load(self, key))[1]  # noqa: E731
+    monkeypatch.setattr(one.samples.__class__, "__getitem__", slow)
+    with caplog.at_level("WARNING", "reidctl"):
+        one.run()
+    said = [record.message for record in caplog.records if "waits for images" in record.message]
+    assert len(said) == 1 and "train.workers" in said[0]
+
+
+def batches_of(one):
+    """The batches that a trainer's method sees."""
+    seen = []
+    losses = one.method.losses
+    one.method.losses = lambda batch, stage: (seen.append(batch), losses(batch, stage))[1]
+    one.run()
+    return seen
+
+
+@pytest.mark.covers(16)
+def test_a_combination_trains_on_pairs_and_caption_free_images_in_one_batch(blocks, tmp_path):
+    without_captions(blocks, range(5, 8))
+    settings = SMALL.replace(epochs=1, sampler="mixed", batch=4, instances=2, batch_images=4)
+    seen = batches_of(trainer(blocks, tmp_path, settings, name="irra", caption_free=True))
+    assert seen
+    for batch in seen:
+        assert batch.has_text.tolist() == [True] * 4 + [False] * 4 and batch.domain.tolist() == [1] * 4 + [0] * 4
+        assert len(batch.texts["full"]) == 4
+
+
+@pytest.mark.covers(23)
+def test_alternating_batches_come_from_one_dataset_each(blocks, tmp_path):
+    captions = (blocks / "captions.parquet").read_bytes()
+    without_captions(blocks, range(4, 8))
+    (blocks / "captions.parquet").write_bytes(captions)
+    settings = SMALL.replace(epochs=1, sampler="alternating", batch=6, instances=3)
+    found = [batch.domain.unique().tolist() for batch in batches_of(trainer(blocks, tmp_path, settings, name="irra"))]
+    assert sorted(found) == [[0], [0], [1], [1]] and found[0] != found[1]

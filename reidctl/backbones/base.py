@@ -19,6 +19,8 @@ from reidctl.batch import Tokens
 from reidctl.config import Section
 from reidctl.errors import UsageError
 
+Triple = tuple[float, float, float]
+
 
 class BackboneConfig(Section):
     """Everything that rebuilds a backbone without its weights, without network and without the original files.
@@ -202,6 +204,19 @@ class Backbone(nn.Module):
         self.mean, self.std = config.mean, config.std
         self.width_image, self.width_text, self.dim = image.width, text.width, config.dim
         self.context_length = text.context_length
+
+    @property
+    def interpolation(self) -> Literal["bilinear", "bicubic"]:
+        """How images are resized before they are encoded."""
+        return self.config.interpolation
+
+    def prepare_images(
+        self, *, mean: Triple, std: Triple, interpolation: Literal["bilinear", "bicubic"] | None = None
+    ) -> None:
+        """Take other pixel statistics, or another way to resize, than the checkpoint's; saved with the model."""
+        changed = {"mean": mean, "std": std, "interpolation": interpolation or self.config.interpolation}
+        self.config = self.config.replace(**changed)
+        self.mean, self.std = mean, std
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Return the texts as tokens on the CPU, padded at the right to the longest of them.

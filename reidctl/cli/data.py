@@ -5,16 +5,22 @@ from typing import Annotated, Any
 
 import typer
 
+from reidctl.cli import data_check, data_combine, data_degrade
 from reidctl.cli import options as o
 from reidctl.cli.output import emit, table
+from reidctl.datasets.registry import format_names
 from reidctl.errors import UsageError
 
 app = typer.Typer(
-    help="Make a synthetic dataset or import one.",
+    help="Make, import, check, combine or degrade a dataset.",
     epilog="Example:  reidctl data synth --run runs/demo --people 60",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.command("check", epilog=data_check.EPILOG)(data_check.check)
+app.command("combine", epilog=data_combine.EPILOG)(data_combine.command)
+app.command("degrade", epilog=data_degrade.EPILOG)(data_degrade.command)
 
 
 @app.command("synth", epilog="Example:  reidctl data synth --run runs/demo --people 60 --images-per-person 4 --seed 1")
@@ -27,6 +33,10 @@ def synth(
     variant: Annotated[str | None, typer.Option(help="standard or cloth-changing.")] = None,
     clone_pairs: Annotated[float | None, typer.Option(help="Look-alike pairs: a number, or a share below 1.")] = None,
     crossing: Annotated[int | None, typer.Option(help="Identities in both datasets (with --domain both).")] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="Also lay the dataset out as a public one, e.g. cuhk-pedes (repeatable): data/layouts/."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that render; default: one per core.", min=1)] = None,
     recipe: o.Recipe = None,
     set_: o.Set = None,
@@ -50,17 +60,18 @@ def synth(
     from reidctl.runs import Run
     from reidctl.stages import data_synth
 
-    record = data_synth.run(Run(run), merged, workers=workers, force=force)
-    emit(record, run=run, as_json=json_, lines=_counts(record))
+    record = data_synth.run(Run(run), merged, layouts=layout or (), workers=workers, force=force)
+    laid_out = [f"{name}: {path}" for name, path in record["layouts"].items()]
+    emit(record, run=run, as_json=json_, lines=[*_counts(record), *laid_out])
 
 
 @app.command("import", epilog="Example:  reidctl data import folder photos/ --run runs/mine")
 def import_(
-    format: Annotated[str, typer.Argument(help="cuhk-pedes, market-1501, folder or csv-table.")],
+    format: Annotated[str, typer.Argument(help=f"One of: {', '.join(format_names())}.")],
     root: Annotated[Path, typer.Argument(help="The dataset's folder, or the CSV or Parquet file.")],
     run: o.RunDir = o.DEFAULT_RUN,
     carve_val: Annotated[
-        int, typer.Option(help="Take this many people out of train as a validation split (market-1501).")
+        int, typer.Option(help="Take this many people out of train as a validation split, where the set has none.")
     ] = 0,
     name: Annotated[
         str | None,
@@ -68,6 +79,13 @@ def import_(
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder that a table's image paths are relative to (csv-table).")
+    ] = None,
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of texts that a model wrote from each image ALONE: columns image, identity, clothing "
+            "(CSV, JSON lines or Parquet)."
+        ),
     ] = None,
     fractions: Annotated[
         str | None, typer.Option(help="Shares of people in train,val,test where no split is given, e.g. 0.7,0.1,0.2.")
@@ -94,6 +112,7 @@ def import_(
         name=name,
         images=images,
         fractions=_fractions(fractions),
+        descriptions=descriptions,
     )
     emit(record, run=run, as_json=json_, lines=_counts(record))
 

@@ -1,6 +1,6 @@
 """`reidctl finetune`: train a retrieval model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,12 @@ def command(
     lines = [
         f"{record['method']}: {record['parameters'] / 1e6:.2f} M parameters, {record['images_per_second']} images/s on "
         f"{record['device']}",
+        *_rates(record),
         f"best {name} {percent(value)} at epoch {record['best_epoch']} of {record['epochs']}",
     ]
     emit(record, run=run, as_json=json_, lines=lines)
+
+
+def _rates(record: dict[str, Any]) -> list[str]:
+    loader, step = record["loader_images_per_second"], record["step_images_per_second"]
+    return [] if loader is None else [f"the loader alone: {loader:,.0f} images/s; the step alone: {step:,.0f} images/s"]

@@ -5,33 +5,24 @@ the tables. Between the two, the import stage can decide that nothing changed.
 """
 
 import hashlib
-import io
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from reidctl import tables
 from reidctl.console import log, progress
+from reidctl.datasets.scan import Facts, Problem, scan
 from reidctl.errors import DataError
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
-# Anything larger is a decompression bomb, not a picture of a person.
-MAX_PIXELS = 64_000_000
-MAX_BYTES = 256 << 20
-# Futures waiting at once: keeps memory flat for a million images.
-_WINDOW = 2048
-_CODE = re.compile(
-    r"</?[a-z]+[ >/]|\b\w+\.\w+\(|\w\(\)|[{}]|;\s*$|\b(?:def|import|return|None|nan|null)\b[ :(]?$|[=!]="
-)
+CODE = re.compile(r"</?[a-z]+[ >/]|\b\w+\.\w+\(|\w\(\)|[{}]|;\s*$|\b(?:def|import|return|None|nan|null)\b[ :(]?$|[=!]=")
 
 
 @dataclass(frozen=True)
@@ -93,6 +84,8 @@ class Draft:
         notes: sentences for the user.
         known_people: whether equal person ids mean the same person (without them there are no metrics).
         problems: one sentence for every entry that a lenient reader skipped.
+        described_by: the model that wrote the identity and clothing texts ("" if nobody says which); None where they
+            are the dataset's own.
     """
 
     dataset: str
@@ -101,6 +94,7 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     known_people: bool = True
     problems: list[str] = field(default_factory=list)
+    described_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,20 +123,6 @@ class Imported:
     notes: list[str]
 
 
-def find_root(root: Path, inner: str, marker: str) -> Path:
-    """Return the folder that holds `marker`: `root` itself or `root/inner`.
-
-    Raises:
-        DataError: neither does.
-    """
-    for folder in (root, root / inner):
-        if (folder / marker).exists():
-            return folder
-    raise DataError(
-        f"Neither {root} nor {root / inner} holds `{marker}`.", hint="docs/datasets.md shows the expected folder tree."
-    )
-
-
 def safe_join(root: Path, text: str, where: str) -> Path:
     """Return `root/text`, absolute, for a path that a file dictates.
 
@@ -155,14 +135,12 @@ def safe_join(root: Path, text: str, where: str) -> Path:
     name = text.strip().replace("\\", "/")
     if not name or "\0" in name:
         raise DataError(f"{where}: {text!r} is not a file name.")
-    base = root.absolute()
-    path = base / name
-    if ".." in path.relative_to(path.anchor).parts[len(base.parts) - 1 :] or not path.is_relative_to(base):
+    if name.startswith("/") or ".." in name.split("/"):
         raise DataError(
             f"{where}: the path {text!r} leads outside {root}.",
             hint="Paths are relative to the dataset's image folder and stay inside it.",
         )
-    return path
+    return root.absolute() / name
 
 
 def measure(draft: Draft, options: Options) -> Imported:
@@ -174,68 +152,26 @@ def measure(draft: Draft, options: Options) -> Imported:
     _check(draft)
     notes = list(draft.notes)
     kept: list[Entry] = []
-    facts: list[tuple[int, int, str]] = []
+    facts: list[Facts] = []
     bad: list[str] = []
-    with progress("read images", len(draft.entries)) as advance:
-        for entry, found in zip(draft.entries, _facts([e.path for e in draft.entries], options.workers), strict=True):
+    reading = scan([entry.path for entry in draft.entries], workers=options.workers)
+    with closing(reading), progress("read images", len(draft.entries)) as advance:
+        for entry, found in zip(draft.entries, reading, strict=True):
             advance()
-            if not isinstance(found, DataError):
+            if not isinstance(found, Problem):
                 kept.append(entry)
                 facts.append(found)
             elif options.skip_bad:
                 bad.append(found.message)
             else:
-                raise found
+                raise DataError(found.message, hint="Replace the file, or import with --skip-bad.")
     if not kept:
         raise DataError(f"None of the {len(bad)} images of {draft.dataset} can be read.", hint=bad[0])
     if bad:
         notes.append(f"{len(bad)} unreadable image(s) left out, the first: {bad[0]}")
-    captions = _captions(draft.dataset, kept)
+    captions = caption_table(draft.dataset, kept, described_by=draft.described_by)
     notes += _suspicious(captions)
     return Imported(_images(draft.dataset, kept, facts), captions, notes)
-
-
-def _facts(paths: Sequence[Path], workers: int) -> Iterator[tuple[int, int, str] | DataError]:
-    # Threads suffice: hashing and decoding release the interpreter lock.
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for start in range(0, len(paths), _WINDOW):
-            yield from pool.map(_facts_or_error, paths[start : start + _WINDOW])
-
-
-def _facts_or_error(path: Path) -> tuple[int, int, str] | DataError:
-    try:
-        return image_facts(path)
-    except DataError as error:
-        return error
-
-
-def image_facts(path: Path) -> tuple[int, int, str]:
-    """Return (width, height, sha256 of the file) of an image that decodes to its last row.
-
-    Raises:
-        DataError: missing, a link without end, not a regular file, not an image, truncated, or absurdly large.
-    """
-    hint = "Replace the file, or import with --skip-bad."
-    try:
-        # A pipe or a device would block or never end.
-        if not path.is_file():
-            raise DataError(f"Image {path} does not exist or is not a regular file.", hint=hint)
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"Image {path} is larger than {MAX_BYTES >> 20} MiB.", hint=hint)
-        content = path.read_bytes()
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-            warnings.simplefilter("ignore")
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"Image {path} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS:,}.", hint=hint
-                )
-            image.load()
-            return image.width, image.height, hashlib.sha256(content).hexdigest()
-    except Image.DecompressionBombError:
-        raise DataError(f"Image {path} has absurdly many pixels; the limit is {MAX_PIXELS:,}.", hint=hint) from None
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = str(error).splitlines()[0].replace("<_io.BytesIO object", "").split(" at 0x")[0]
-        raise DataError(f"Image {path} cannot be read ({reason.strip()}).", hint=hint) from None
 
 
 def _check(draft: Draft) -> None:
@@ -254,8 +190,7 @@ def _check(draft: Draft) -> None:
             )
 
 
-def _images(dataset: str, entries: Sequence[Entry], facts: Sequence[tuple[int, int, str]]) -> pd.DataFrame:
-    widths, heights, hashes = zip(*facts, strict=True)
+def _images(dataset: str, entries: Sequence[Entry], facts: Sequence[Facts]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "image_id": [f"{dataset}:{e.key}" for e in entries],
@@ -266,23 +201,25 @@ def _images(dataset: str, entries: Sequence[Entry], facts: Sequence[tuple[int, i
             "person_id": [f"{dataset}:{e.person}" for e in entries],
             "camera_id": [e.camera for e in entries],
             "outfit_id": [e.outfit for e in entries],
-            "width": widths,
-            "height": heights,
-            "sha256": hashes,
+            "width": [f.width for f in facts],
+            "height": [f.height for f in facts],
+            "sha256": [f.sha256 for f in facts],
             "attributes": [dict(e.attributes) or None for e in entries],
         }
     )
 
 
-def _captions(dataset: str, entries: Sequence[Entry]) -> pd.DataFrame:
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("caption_id", "image_id", "kind", "source", "conditioned_on", "text", "status")
-    }
+def caption_table(dataset: str, entries: Sequence[Entry], *, described_by: str | None = None) -> pd.DataFrame:
+    """Return the texts of entries as rows of the captions table; see `Draft.described_by`."""
+    names = ("caption_id", "image_id", "kind", "source", "conditioned_on", "text", "status", "model")
+    rows: dict[str, list[Any]] = {name: [] for name in names}
     for entry in entries:
         image_id = f"{dataset}:{entry.key}"
         for number, (kind, text, conditioned_on) in enumerate(entry.texts):
             name = str(number) if kind == "full" else kind
-            values = (f"{image_id}#{name}", image_id, kind, "human", conditioned_on, text, "ok")
+            written = described_by is not None and kind != "full"
+            source, model = ("mllm", described_by or None) if written else ("human", None)
+            values = (f"{image_id}#{name}", image_id, kind, source, conditioned_on, text, "ok", model)
             for column, value in zip(rows.values(), values, strict=True):
                 column.append(value)
     return pd.DataFrame(rows) if rows["text"] else tables.empty("captions")
@@ -290,7 +227,7 @@ def _captions(dataset: str, entries: Sequence[Entry]) -> pd.DataFrame:
 
 def _suspicious(captions: pd.DataFrame) -> list[str]:
     """Captions that look like program text: known to occur in published annotation files."""
-    found = captions[captions["text"].astype(str).str.contains(_CODE)]
+    found = captions[captions["text"].astype(str).str.contains(CODE)]
     if not len(found):
         return []
     first = found.iloc[0]
@@ -318,7 +255,7 @@ def compare_counts(entries: Sequence[Entry], official: Mapping[str, tuple[int, i
 
 
 def listing_digest(draft: Draft) -> str:
-    """Return the sha256 over name, size and time of change of every image; opens none."""
+    """Return the sha256 over what is known of every image and its file's size and time of change; opens none."""
     state = hashlib.sha256()
     for entry in draft.entries:
         try:
@@ -326,7 +263,8 @@ def listing_digest(draft: Draft) -> str:
             line = f"{entry.path}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
         except OSError:
             line = f"{entry.path}\0missing\n"
-        state.update(line.encode("utf-8", "surrogateescape"))
+        known = (entry.key, entry.split, entry.person, entry.role, entry.camera, entry.outfit)
+        state.update(f"{known}\0{line}".encode("utf-8", "surrogateescape"))
     return state.hexdigest()
 
 

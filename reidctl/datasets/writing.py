@@ -14,6 +14,7 @@ from reidctl.errors import UsageError
 def place(source: Path, target: Path) -> None:
     """Put an image at `target`, as a hard link where the disk allows it, else as a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

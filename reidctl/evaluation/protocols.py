@@ -150,6 +150,30 @@ def image_to_image(
     )
 
 
+def clothes_settings(protocol: Protocol) -> list[Protocol]:
+    """Return the two settings of cloth-changing sets, where somebody has images in several outfits; else nothing.
+
+    `cloth-changing` drops gallery images of the query's person in its camera or its outfit, `same-clothes` those in
+    its camera or in another outfit. Queries that are left without a match are skipped and counted: in PRCC that
+    leaves the queries of camera C, respectively B.
+    """
+    query, gallery = protocol.query, protocol.gallery
+    known = all(label is not None for side in (query, gallery) for label in (*side.outfit, *side.camera))
+    if protocol.direction != "i2i" or not known:
+        return []
+    worn: dict[object, set[object]] = {}
+    for person, outfit in zip(gallery.person, gallery.outfit, strict=True):
+        worn.setdefault(person, set()).add(outfit)
+    pairs = [(outfit, worn.get(person, set())) for person, outfit in zip(query.person, query.outfit, strict=True)]
+    if not any(outfits - {outfit} for outfit, outfits in pairs) or not any(own in outfits for own, outfits in pairs):
+        return []
+    settings: tuple[tuple[str, Exclude], ...] = (
+        ("cloth-changing", "cloth_changing"),
+        ("same-clothes", "same_clothes"),
+    )
+    return [replace(protocol, condition=name, exclude=exclude) for name, exclude in settings]
+
+
 def with_vectors(
     protocol: Protocol, query: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32], *, condition: str
 ) -> Protocol:

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from reidctl import tables
 from reidctl.batch import Batch, Tokens
-from reidctl.data import Corpus, PixelStore, normalise
+from reidctl.data import Corpus
 from reidctl.errors import DataError
 from reidctl.methods.base import Explainer, Method
+from reidctl.pixels import PixelStore, normalise
 
 USER_QUERY = "user"
 """The `query_id` of a phrase that comes from the command line, not from a caption."""
@@ -115,7 +116,12 @@ def explain_phrases(
         DataError: an image cannot be read, or the method reads a gallery text that an image lacks.
     """
     row_of = {str(name): row for row, name in enumerate(corpus.images["image_id"])}
-    store = PixelStore(corpus.paths(), method.backbone.image_size, cache_bytes=1 << 26)
+    store = PixelStore(
+        corpus.paths(),
+        method.backbone.image_size,
+        cache_bytes=1 << 26,
+        interpolation=method.backbone.interpolation,
+    )
     frames = []
     for start in range(0, len(phrases), batch):
         part = list(phrases[start : start + batch])

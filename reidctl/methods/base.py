@@ -47,6 +47,7 @@ class Method(nn.Module, ABC):
         train_texts: which texts of a sample its losses read: any of `full`, `identity`, `clothing`.
         gallery_texts: which texts, written from the gallery image alone, its gallery side reads.
         loss_weights: default weight of every loss.
+        learns_without_text: whether a batch may hold images without a caption, from which it learns too.
 
     Args:
         config: its settings.
@@ -60,6 +61,7 @@ class Method(nn.Module, ABC):
     stages: ClassVar[tuple[str, ...]] = ("finetune",)
     train_texts: ClassVar[tuple[str, ...]] = ("full",)
     loss_weights: ClassVar[Mapping[str, float]] = {}
+    learns_without_text: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, backbone: Backbone, persons: int) -> None:
         super().__init__()

@@ -86,6 +86,8 @@ class Irra(Method):
     summary = "SDM + ID + masked-language head (Jiang & Ye 2023)"
     Config = IrraConfig
     loss_weights: ClassVar = {"sdm": 1.0, "id": 1.0, "mlm": 1.0}
+    # The identity loss of an image needs no caption; IRRA itself has only captioned images.
+    learns_without_text: ClassVar = True
     config: IrraConfig
 
     def __init__(self, config: IrraConfig, backbone: Backbone, persons: int) -> None:
@@ -97,21 +99,29 @@ class Irra(Method):
             self.mlm = CrossModalHead(backbone.dim, config.mlm_layers, backbone.tokenizer.vocabulary_size)
 
     def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
-        """Return `sdm`, `id` and `mlm`, each unweighted; losses of weight 0 are not computed."""
-        clean, person = batch.texts["full"], batch.require("person")
+        """Return `sdm`, `id` and `mlm`, each unweighted; losses of weight 0 are not computed.
+
+        Images without a caption take part in the image half of `id`.
+        """
+        pairs = batch.pairs()
+        clean, person = pairs.texts["full"], pairs.require("person")
         masked, labels = mask_tokens(clean, self.backbone, self.config.mask_rate)
         seen = masked if self.config.masked_caption_everywhere and self.active("mlm") else clean
         image = self.backbone.encode_image(batch.require("image"))
         text = self.backbone.encode_text(seen)
-        v, t = image.cls[:, 0], text.pooled
+        every = slice(None) if batch.has_text is None else batch.has_text
+        classes, patches = image.cls[every], image.patches[every]
+        v, t = classes[:, 0], text.pooled
         found: dict[str, Tensor] = {}
         if self.active("sdm"):
             found["sdm"] = losses.sdm(v, t, person, temperature=self.config.temperature)
         if self.active("id"):
-            found["id"] = losses.id_loss(self.classifier(v), self.classifier(t), person)
+            everyone = batch.require("person")
+            shown = self.classifier(image.cls[:, 0])
+            found["id"] = losses.id_loss(shown, self.classifier(t), everyone, text_person=person)
         if self.active("mlm"):
             words = text.tokens if seen is masked else self.backbone.encode_text(masked).tokens
-            hidden = self.mlm(words, torch.cat([image.cls, image.patches], dim=1))
+            hidden = self.mlm(words, torch.cat([classes, patches], dim=1))
             # The vocabulary is wide and 15 % of the tokens are asked for: classify only those.
             asked = labels >= 0
             found["mlm"] = losses.cross_entropy(self.mlm.logits(hidden[asked]), labels[asked])

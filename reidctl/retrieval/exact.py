@@ -28,7 +28,7 @@ import torch
 from reidctl.errors import DataError
 from reidctl.metrics import QueryMetrics, expected_metrics
 
-Exclude = Literal["none", "same_camera", "same_outfit", "same_item"]
+Exclude = Literal["none", "same_camera", "same_outfit", "same_item", "cloth_changing", "same_clothes"]
 Labels = Sequence[Any] | npt.NDArray[Any] | pd.Series
 Matrix = npt.NDArray[np.float32]
 
@@ -80,7 +80,9 @@ def evaluate_ranking(
     """Rank the whole gallery for every query and return metrics and the best items; the Q x G matrix never exists.
 
     A gallery item of the query's own person is dropped, neither right nor wrong, if `exclude` says that it shares the
-    camera, the outfit or the id with the query (Market-1501's rule is `same_camera`). A missing label equals nothing.
+    camera, the outfit or the id with the query (Market-1501's rule is `same_camera`; LTCC's settings are `same_camera`
+    and `cloth_changing`, which drops the same camera and the same outfit; `same_clothes` drops the same camera and all
+    other outfits). A missing label equals nothing.
     Everybody else stays, distractors too. A query with no relevant item left is skipped and counted.
 
     Args:
@@ -105,16 +107,20 @@ def evaluate_ranking(
         DataError: widths differ, a vector is longer than 1 or not finite, or a label that `exclude` needs is absent.
     """
     _check_vectors(query, gallery)
-    keys = {
-        "none": (None, None),
-        "same_camera": (query_camera, gallery_camera),
-        "same_outfit": (query_outfit, gallery_outfit),
-        "same_item": (query_id, gallery_id),
-    }[exclude]
-    if exclude != "none" and (keys[0] is None or keys[1] is None):
+    camera, outfit = (query_camera, gallery_camera), (query_outfit, gallery_outfit)
+    labels: dict[Exclude, tuple[tuple[tuple[Labels | None, Labels | None], bool], ...]] = {
+        "none": (),
+        "same_camera": ((camera, True),),
+        "same_outfit": ((outfit, True),),
+        "same_item": (((query_id, gallery_id), True),),
+        "cloth_changing": ((camera, True), (outfit, True)),
+        "same_clothes": ((camera, True), (outfit, False)),
+    }
+    keys = [_Key(query, gallery, equal) for (query, gallery), equal in labels[exclude] if _both(query, gallery)]
+    if len(keys) < len(labels[exclude]):
         raise DataError(f"exclude={exclude} needs that label for queries and gallery.")
     blocks = _Gallery(gallery, _tie_order(gallery_id, len(gallery)), gallery_block, torch.device(device))
-    pairs = _SamePerson(query_person, gallery_person, keys[0], keys[1], blocks.order)
+    pairs = _SamePerson(query_person, gallery_person, keys, blocks.order)
     top = min(top, len(gallery))
     result = _empty_result(len(query), len(gallery), top)
     positives: list[tuple[npt.NDArray[np.int64], ...]] = []
@@ -300,16 +306,25 @@ class _Pairs:
     drop: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class _Key:
+    """Labels that decide which items of the query's person are dropped: those that equal its own, or those that do
+    not."""
+
+    query: Labels | None
+    gallery: Labels | None
+    equal: bool
+
+
+def _both(query: Labels | None, gallery: Labels | None) -> bool:
+    return query is not None and gallery is not None
+
+
 class _SamePerson:
     """Which gallery items show a query's person, and which of them are dropped."""
 
     def __init__(
-        self,
-        query_person: Labels,
-        gallery_person: Labels,
-        query_key: Labels | None,
-        gallery_key: Labels | None,
-        order: npt.NDArray[np.int64],
+        self, query_person: Labels, gallery_person: Labels, keys: Sequence[_Key], order: npt.NDArray[np.int64]
     ) -> None:
         self.query_code, self.gallery_code = _codes(query_person, gallery_person)
         assert len(order) == len(self.gallery_code), "one person id per gallery item"
@@ -317,10 +332,11 @@ class _SamePerson:
         self._by_person = np.argsort(code, kind="stable")
         self._first = np.searchsorted(code[self._by_person], self.query_code, side="left")
         self._count = np.searchsorted(code[self._by_person], self.query_code, side="right") - self._first
-        self._keys: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
-        if query_key is not None and gallery_key is not None:
-            query_codes, gallery_codes = _codes(query_key, gallery_key)
-            self._keys = query_codes, gallery_codes[order]
+        self._keys: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], bool]] = []
+        for key in keys:
+            assert key.query is not None and key.gallery is not None
+            query_codes, gallery_codes = _codes(key.query, key.gallery)
+            self._keys.append((query_codes, gallery_codes[order], key.equal))
 
     def of(self, start: int, stop: int) -> _Pairs:
         count = self._count[start:stop]
@@ -328,9 +344,10 @@ class _SamePerson:
         within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
         column = self._by_person[self._first[start:stop][row] + within]
         drop = np.zeros(len(row), bool)
-        if self._keys is not None:
-            key = self._keys[0][start:stop][row]
-            drop = (key >= 0) & (key == self._keys[1][column])
+        for query_codes, gallery_codes, equal in self._keys:
+            mine, theirs = query_codes[start:stop][row], gallery_codes[column]
+            # A missing label equals nothing and differs from nothing: it drops nothing.
+            drop |= (mine >= 0) & (theirs >= 0) & ((mine == theirs) == equal)
         return _Pairs(row, column, drop)
 
 

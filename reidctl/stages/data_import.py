@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from reidctl import tables
 from reidctl.datasets.base import Draft, Options, listing_digest, measure
 from reidctl.datasets.registry import reader, supported_options
@@ -27,25 +29,31 @@ def run(
     name: str | None = None,
     fractions: tuple[float, float, float] | None = None,
     images: Path | None = None,
-    workers: int = 4,
+    descriptions: Path | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Write `images` and `captions` of a dataset; see `datasets.base.Options` for the choices.
 
     Returns:
-        The stage's record with `status` (done, up-to-date), `splits`, `notes`, `root` and `known_people`.
+        The stage's record with `status` (done, up-to-date), `splits`, `notes`, `root`, `known_people` and `described`
+        (whether texts that a model wrote from the images came with them).
 
     Raises:
         UsageError: an unknown format, or an option that this format does not have.
         DataError: whatever is wrong with the dataset.
     """
-    options = Options(seed, carve_val, skip_bad, name, fractions, images, workers)
+    options = Options(seed, carve_val, skip_bad, name, fractions, images, workers, descriptions)
     _check_options(format, options)
     if not root.exists():
         raise DataError(f"{root} does not exist.", hint="Give the folder that holds the dataset.")
     started = datetime.now(UTC)
     draft = reader(format)(root, options)
+    if descriptions is not None:
+        from reidctl.datasets.descriptions import attach
+
+        draft = attach(draft, descriptions)
     settings = _settings(format, root, options)
-    inputs = _inputs(draft)
+    inputs = _inputs(draft) | ({"descriptions": digest(descriptions)} if descriptions is not None else {})
     current = None if force else run.up_to_date(STAGE, settings, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
@@ -54,8 +62,9 @@ def run(
     made = {"images": imported.images, "captions": imported.captions}
     for table, frame in made.items():
         tables.write_table(run.table(STAGE, table), table, frame)
-    # Part masks of a rendered dataset that this import replaces do not belong to these images.
-    run.table(STAGE, "parts").unlink(missing_ok=True)
+    # Tables of a rendered or combined dataset that this import replaces do not belong to these images.
+    for table in ("parts", "identities", "purged"):
+        run.table(STAGE, table).unlink(missing_ok=True)
     record = run.finish(
         STAGE,
         settings=settings,
@@ -68,6 +77,7 @@ def run(
             "root": root.resolve().as_posix(),
             "source": format,
             "known_people": draft.known_people,
+            "described": _described(imported.captions),
         },
     )
     return {**record, "status": "done"}
@@ -75,10 +85,16 @@ def run(
 
 def _check_options(format: str, options: Options) -> None:
     """An option that a format would ignore is a mistake, not a wish."""
-    heeded = supported_options(format) | {"seed", "skip_bad", "workers"}
+    heeded = supported_options(format) | {"seed", "skip_bad", "workers", "descriptions"}
     for option in fields(Options):
         if getattr(options, option.name) != option.default and option.name not in heeded:
             raise UsageError(f"The format {format} does not have the option `{option.name.replace('_', '-')}`.")
+
+
+def _described(captions: pd.DataFrame) -> bool:
+    """Whether there are identity and clothing texts written from the images alone: what `caption` would make."""
+    mine = captions[(captions["conditioned_on"] == "image") & (captions["status"] == "ok")]
+    return {"identity", "clothing"} <= set(mine["kind"])
 
 
 def _settings(format: str, root: Path, options: Options) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from reidctl import tables
 from reidctl.config import parse_section
 from reidctl.console import log, progress
+from reidctl.datasets.registry import Write, writer
 from reidctl.errors import DataError
 from reidctl.runs import Run
 from reidctl.stages.counting import count_splits
@@ -19,17 +22,27 @@ from reidctl.synthped.dataset import write_dataset
 STAGE = "data"
 
 
-def run(run: Run, recipe: Mapping[str, Any], *, workers: int | None = None, force: bool = False) -> dict[str, Any]:
+def run(
+    run: Run,
+    recipe: Mapping[str, Any],
+    *,
+    layouts: Sequence[str] = (),
+    workers: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
     """Render people with known truth and write images, captions and parts.
 
     Args:
         run: where the stage writes.
         recipe: sections `synth` and `seed` are read; `synth.seed` follows `seed`.
+        layouts: formats of public datasets in which the images are laid out too, below `data/layouts/DATASET/FORMAT`.
         workers: processes that render; the result does not depend on it. None: one per core.
         force: render again even if nothing changed.
     """
     config = parse_section(SynthConfig, {"seed": recipe.get("seed", 0), **recipe.get("synth", {})}, "synth")
-    settings = {"synth": config.model_dump(mode="json")}
+    names = sorted({name.replace("_", "-") for name in layouts})
+    writers = {name: writer(name) for name in names}
+    settings = {"synth": config.model_dump(mode="json"), **({"layouts": names} if names else {})}
     current = None if force else run.up_to_date(STAGE, settings, {})
     if current is not None:
         return {**current, "status": "up-to-date"}
@@ -41,6 +54,7 @@ def run(run: Run, recipe: Mapping[str, Any], *, workers: int | None = None, forc
         write_dataset(config, folder, workers=workers or os.cpu_count() or 1, progress=advance)
     outputs = [run.table(STAGE, name) for name in ("images", "captions", "parts")]
     images, captions = (tables.read_table(run.table(STAGE, name), name) for name in ("images", "captions"))
+    roots = _lay_out(writers, images, captions, folder)
     seconds = (datetime.now(UTC) - started).total_seconds()
     log.info(f"{total} images in {seconds:.1f} s: {60 * total / seconds:,.0f} images per minute")
     record = run.finish(
@@ -50,9 +64,24 @@ def run(run: Run, recipe: Mapping[str, Any], *, workers: int | None = None, forc
         outputs=outputs,
         started=started,
         metrics={"images_per_minute": round(60 * total / seconds)},
-        extra={"splits": count_splits(images, captions), "source": "synthped"},
+        extra={"splits": count_splits(images, captions), "source": "synthped", "layouts": roots},
     )
     return {**record, "status": "done"}
+
+
+def _lay_out(
+    writers: Mapping[str, Write], images: pd.DataFrame, captions: pd.DataFrame, folder: Path
+) -> dict[str, str]:
+    """Write every dataset in every layout; return the root of each, to be given to `data import`."""
+    roots: dict[str, str] = {}
+    for dataset in sorted(set(images["dataset"])) if writers else ():
+        mine = images[images["dataset"] == dataset].reset_index(drop=True)
+        texts = captions[captions["image_id"].isin(mine["image_id"])].reset_index(drop=True)
+        for name, write in writers.items():
+            out = folder / "layouts" / dataset / name
+            out.mkdir(parents=True)
+            roots[f"{dataset} as {name}"] = write(mine, texts, folder, out).as_posix()
+    return roots
 
 
 def _clear(folder: Path) -> None:
@@ -65,6 +94,7 @@ def _clear(folder: Path) -> None:
     # The marker comes first: a kill between the two leaves a folder that may be rendered again.
     tables.write_text(marker, "")
     (folder / "stage.json").unlink(missing_ok=True)
-    for name in ("images", "captions", "parts"):
+    for name in ("images", "captions", "parts", "identities", "purged"):
         (folder / f"{name}.parquet").unlink(missing_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)
+    for name in ("images", "layouts"):
+        shutil.rmtree(folder / name, ignore_errors=True)

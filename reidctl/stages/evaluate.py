@@ -20,11 +20,13 @@ from reidctl.evaluation import baselines, protocols
 from reidctl.methods.base import Method, load_method
 from reidctl.metrics import METRICS, Interval, distinct_query_ceiling, summarise
 from reidctl.retrieval.store import EmbeddingTable, read_embeddings
-from reidctl.runs import Run, fingerprint
+from reidctl.runs import Run
 from reidctl.stages.index import embedding_rows, model_digest
-from reidctl.stages.sources import find_source
+from reidctl.stages.sources import Source, find_source
 
 STAGE = "evaluate"
+# The model's own rankings, as opposed to those of baselines and controls.
+OWN = ("standard", "cloth-changing", "same-clothes")
 QUERIES = ("caption", "identity+clothing", "identity", "clothing")
 
 
@@ -84,7 +86,7 @@ def run(
             f"`--query {query}` would look for those very texts.",
             hint="Use --query caption.",
         )
-    notes = _check_people(run, corpus, split)
+    notes = _check_seen(run, source, corpus, split)
     stored = _embed(run, method, corpus, texts, weights, split, inputs, target)
     found: list[protocols.Evaluation] = []
     for dataset in sorted(set(corpus.images["dataset"])):
@@ -110,18 +112,23 @@ def run(
     return {**record, "status": "done"}
 
 
-def _check_people(run: Run, corpus: Corpus, split: str) -> list[str]:
-    """Refuse people that the model was trained on; return notes about what the result is not.
+def _check_seen(run: Run, source: Source, corpus: Corpus, split: str) -> list[str]:
+    """Refuse people and image files that the model was trained on; return notes about what the result is not.
 
     Raises:
-        DataError: a person of the split was in the training split of the model.
+        DataError: a person or a file of the split was in the training split of the model.
     """
     trained = run.require("finetune")
-    known = set(trained["train_people"]) & {fingerprint({"person": name}, {}) for name in corpus.images["person_id"]}
-    if known:
+    seen = tables.read_table(run.table("finetune", "seen"), "seen")
+    known = {kind: set(rows["digest"]) for kind, rows in seen.groupby("kind", observed=True)}
+    people = known.get("person", set()) & set(source.person_digests(corpus.images["person_id"]))
+    files = known.get("image", set()) & set(corpus.images["sha256"])
+    if people or files:
+        what = f"{len(people)} people" if people else f"{len(files)} image files"
         raise DataError(
-            f"{len(known)} people of the {split} split were used to train this model, so this would be no test.",
-            hint="Was the dataset imported again with other splits? Train again, or choose another split.",
+            f"{what} of the {split} split were used to train this model, so this would be no test.",
+            hint="Was the dataset imported again with other splits? Choose another split, or train again on a "
+            "combination (`reidctl data combine`), which takes the people of test splits out of training.",
         )
     if split == trained["selected_on"]:
         return [f"The epoch of this model was chosen on the {split} split: these numbers flatter it."]
@@ -217,6 +224,9 @@ def _evaluate(
         if not model.ranking.queries.scored:
             continue
         found.append(model)
+        for setting in protocols.clothes_settings(protocol):
+            part = protocols.evaluate(setting, seed=seed, device=device)
+            found += [part] if part.ranking.queries.scored else []
         found += [part for part in _references(whole, protocol, model, texts, seed, notes) if len(part.metrics)]
     return found, notes
 
@@ -310,7 +320,7 @@ def _words_to_colours(whole: Corpus, paths: list[Path]) -> baselines.WordsToColo
 
 
 def _write(run: Run, found: list[protocols.Evaluation]) -> list[Path]:
-    own = [part for part in found if part.metrics["condition"].iloc[0] == "standard"]
+    own = [part for part in found if part.metrics["condition"].iloc[0] in OWN]
     frames = {
         "metrics": pd.concat([part.metrics for part in found], ignore_index=True),
         "queries": pd.concat([part.queries for part in own], ignore_index=True),

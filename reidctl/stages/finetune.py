@@ -3,22 +3,27 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 
 from reidctl import tables
+from reidctl.backbones.base import Backbone
+from reidctl.backbones.statistics import check_statistics
 from reidctl.backbones.weights import build
 from reidctl.config import Section, load_recipe, parse_section, recipe_names
 from reidctl.console import log
-from reidctl.data import Corpus, PixelStore, TrainingSet
+from reidctl.data import Corpus, TrainingSet
+from reidctl.datasets.leaks import guard, seen_table
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import Method, build_method, method_class, method_names, save_method
+from reidctl.pixels import PixelStore
 from reidctl.retrieval.exact import evaluate_ranking
 from reidctl.runs import Run, fingerprint
-from reidctl.stages.sources import Source, find_source
+from reidctl.stages.sources import DataSettings, find_source
 from reidctl.training import Outcome, TrainConfig, Trainer, Validate
 
 STAGE = "finetune"
@@ -31,6 +36,8 @@ class BackboneSettings(Section):
     """`clip:<open_clip name>/<tag, hub id or path>`, `vit-bert:<hub id or path>+<hub id or path>`, `clip:tiny`, ..."""
     image_size: tuple[int, int] | None = None
     """(height, width) in pixels; None: the checkpoint's own."""
+    pixel_statistics: Literal["checkpoint", "clip", "imagenet", "half"] = "checkpoint"
+    """What pixels are normalised with. They belong to the checkpoint; others are allowed and warned about."""
     grad_checkpointing: bool = False
 
 
@@ -105,6 +112,7 @@ def run(
     described = parse_section(method_class(name).Config, settings, "method")
     target = resolve_device(training.device)
     source = find_source(run, data, captions)
+    guarding = parse_section(DataSettings, recipe.get("data"), "data").leak_check
     seed = int(recipe.get("seed", 0))
     resolved = {
         "seed": seed,
@@ -119,14 +127,19 @@ def run(
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
+    corpus = source.corpus()
+    notes = guard(corpus.images, guarding)
     run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
     if force:
         (folder / "last" / "state.pt").unlink(missing_ok=True)
-    model, outcome = _train(source, name, settings, towers, training, folder, seed, fingerprint(resolved, inputs))
+    model, outcome = _train(corpus, name, settings, towers, training, folder, seed, fingerprint(resolved, inputs))
     history = folder / "history.parquet"
     tables.write_table(history, "history", outcome.history)
-    outputs = [*save_method(model.cpu(), folder), history]
+    seen = run.table(STAGE, "seen")
+    train = corpus.of_split("train").images
+    tables.write_table(seen, "seen", seen_table(train, source.person_digests(train["person_id"])))
+    outputs = [*save_method(model.cpu(), folder), history, seen]
     record = run.finish(
         STAGE,
         settings=resolved,
@@ -139,12 +152,15 @@ def run(
             "data": str(source.folder.resolve()),
             "described": str(source.described.resolve()) if source.described else None,
             "method": name,
-            # Digests, not names: `evaluate` refuses people it finds here.
-            "train_people": outcome.people,
+            "train_people": model.persons,
+            "notes": notes,
             "best_epoch": outcome.best_epoch + 1,
             "epochs": training.epochs,
             "selected_on": training.select,
             "images_per_second": round(outcome.images_per_second, 1),
+            # The loader alone and the step alone: which of the two training waits for.
+            "loader_images_per_second": _last(outcome.history, "loader_images_per_second"),
+            "step_images_per_second": _last(outcome.history, "step_images_per_second"),
             "resumed_from_epoch": outcome.resumed_from,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
@@ -153,7 +169,7 @@ def run(
 
 
 def _train(
-    source: Source,
+    corpus: Corpus,
     name: str,
     settings: Mapping[str, Any],
     towers: BackboneSettings,
@@ -162,17 +178,17 @@ def _train(
     seed: int,
     digest: str,
 ) -> tuple[Method, Outcome]:
-    corpus = source.corpus()
     # The starting weights depend on the seed alone, not on what ran before in this process.
     torch.manual_seed(seed)
     backbone = build(towers.spec, image_size=towers.image_size)
     backbone.set_grad_checkpointing(towers.grad_checkpointing)
+    _prepare_images(backbone, towers, training)
     train = corpus.of_split("train")
     chosen = corpus.of_split(training.select)
     if training.select == "test":
         log.warning("The epoch is chosen on the TEST split: the result is not a test of anything unseen.")
-    _check_people(train, chosen, training.select)
     model = build_method(name, settings, backbone, train.images["person_id"].nunique())
+    _check_sampler(model, training.sampler)
     samples = TrainingSet(
         train,
         size=backbone.image_size,
@@ -182,9 +198,11 @@ def _train(
         texts=model.train_texts,
         target=model.target_text,
         augment=training.augment,
+        interpolation=backbone.interpolation,
         seed=seed,
         cache_bytes=training.cache_mb << 20,
         shuffle_labels=training.shuffle_labels,
+        caption_free=training.sampler == "mixed",
     )
     cut = backbone.truncation_rate([str(text) for text in train.captions["text"]])
     log.info(
@@ -192,23 +210,41 @@ def _train(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {100 * cut:.1f} % of captions are cut "
         f"at {backbone.context_length} tokens"
     )
-    validate = _validation(chosen, backbone.image_size, resolve_device(training.device), training.cache_mb << 20)
+    store = PixelStore(
+        chosen.paths(),
+        backbone.image_size,
+        cache_bytes=training.cache_mb << 20,
+        interpolation=backbone.interpolation,
+    )
+    validate = _validation(chosen, store, resolve_device(training.device))
     trainer = Trainer(model, samples, validate, training, folder, seed=seed, stage=STAGE, fingerprint=digest)
     return model, trainer.run()
 
 
-def _check_people(train: Corpus, chosen: Corpus, split: str) -> None:
-    both = set(train.images["person_id"]) & set(chosen.images["person_id"])
-    if both:
-        raise DataError(
-            f"{len(both)} people are in both the train and the {split} split (first: `{min(both)}`).",
-            hint="Splits must be by person; import the dataset again.",
+def _last(history: pd.DataFrame, name: str) -> float | None:
+    values = history.loc[history["name"] == name, "value"]
+    return round(float(values.iloc[-1]), 1) if len(values) else None
+
+
+def _prepare_images(backbone: Backbone, towers: BackboneSettings, training: TrainConfig) -> None:
+    """One preprocessing for training, index and search, whatever was chosen: it is saved with the model."""
+    mean, std, warning = check_statistics(backbone.mean, backbone.std, towers.pixel_statistics)
+    if warning:
+        log.warning(warning)
+    backbone.prepare_images(mean=mean, std=std, interpolation=training.augment.interpolation)
+
+
+def _check_sampler(model: Method, sampler: str) -> None:
+    if sampler == "mixed" and not model.learns_without_text:
+        able = [name for name in method_names() if method_class(name).learns_without_text]
+        raise UsageError(
+            f"`{model.name}` learns nothing from images without a caption, so `train.sampler: mixed` is not for it.",
+            hint=f"Methods that do: {', '.join(able)}. Or give the images captions.",
         )
 
 
-def _validation(corpus: Corpus, size: tuple[int, int], device: torch.device, cache_bytes: int) -> Validate:
+def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Validate:
     """Rank-1, mAP of text-to-image retrieval on a split; image-to-image when the split has no captions."""
-    store = PixelStore(corpus.paths(), size, cache_bytes=cache_bytes)
     people = corpus.images["person_id"].to_numpy()
     cameras = corpus.images["camera_id"].to_numpy()
     texts = [str(text) for text in corpus.captions["text"]]

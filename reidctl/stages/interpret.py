@@ -16,13 +16,14 @@ import torch
 from reidctl import tables
 from reidctl.batch import Batch
 from reidctl.console import log, progress
-from reidctl.data import Corpus, PixelStore, read_pixels
+from reidctl.data import Corpus
 from reidctl.device import resolve_device
 from reidctl.errors import UsageError
 from reidctl.explain.grounding import PartNames, find_mask, part_names, score_explanations, summarise_grounding
 from reidctl.explain.maps import explain_phrases, grid_map, named_rows, pair_batch, pick_phrases
 from reidctl.explain.pictures import draw_explanation
 from reidctl.methods.base import Explainer, Method, load_method
+from reidctl.pixels import PixelStore, read_pixels
 from reidctl.report.figures import gate_histograms
 from reidctl.runs import Run, digest
 from reidctl.stages.sources import Source, find_source
@@ -188,7 +189,12 @@ def collect_gates(
     handed over where every image has one.
     """
     rows = np.sort(np.random.default_rng((seed, 13)).permutation(len(corpus.images))[:_GATE_IMAGES])
-    store = PixelStore(corpus.paths(), method.backbone.image_size, cache_bytes=0)
+    store = PixelStore(
+        corpus.paths(),
+        method.backbone.image_size,
+        cache_bytes=0,
+        interpolation=method.backbone.interpolation,
+    )
     pieces: list[Mapping[str, npt.NDArray[np.float64]]] = []
     for start in range(0, len(rows), batch):
         some = [int(row) for row in rows[start : start + batch]]

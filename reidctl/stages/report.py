@@ -12,10 +12,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from reidctl import __version__, tables
-from reidctl.data import read_pixels
 from reidctl.errors import DataError
 from reidctl.explain.maps import USER_QUERY, grid_map
 from reidctl.explain.pictures import overlay
+from reidctl.pixels import read_pixels
 from reidctl.report import content, figures, html
 from reidctl.report.figures import named_rows
 from reidctl.runs import Run, digest

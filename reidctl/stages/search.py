@@ -9,11 +9,11 @@ import torch
 
 from reidctl import tables
 from reidctl.batch import Batch
-from reidctl.data import normalise, read_pixels
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import Method, load_method
+from reidctl.pixels import normalise, read_pixels
 from reidctl.report.sheet import ranking_sheet
 from reidctl.retrieval.exact import search
 from reidctl.retrieval.store import read_embeddings
@@ -90,7 +90,8 @@ def _query(method: Method, text: str | None, image: Path | None, device: torch.d
     if method.gallery_texts:
         raise UsageError(f"`{method.name}` with this protocol reads a text beside each image; search by text instead.")
     backbone = method.backbone
-    pixels = normalise(read_pixels(image, backbone.image_size)[None], backbone.mean, backbone.std)
+    picture = read_pixels(image, backbone.image_size, backbone.interpolation)
+    pixels = normalise(picture[None], backbone.mean, backbone.std)
     with torch.inference_mode():
         found: np.ndarray[Any, Any] = method.embed_images(Batch(image=pixels.to(device))).float().cpu().numpy()
     return found

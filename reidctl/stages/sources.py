@@ -1,12 +1,34 @@
 """Where a stage finds what it reads: the dataset folder and the texts that describe its images."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import field_validator
+
 from reidctl import tables
+from reidctl.config import Section
 from reidctl.data import Corpus, build_corpus
+from reidctl.datasets.leaks import LeakCheck
 from reidctl.errors import DataError
-from reidctl.runs import Run, digest
+from reidctl.runs import Run, digest, fingerprint
+
+
+class DataSettings(Section):
+    """The recipe section `data`."""
+
+    leak_check: LeakCheck = "error"
+    """What to do when two splits share people or image files: refuse (`error`), go on with a warning, or not look."""
+    identity_map: Path | None = None
+    """A file that says who is who across datasets; read by `data combine`."""
+    purge: bool = True
+    """Whether `data combine` takes people of a test split out of every training split."""
+
+    @field_validator("leak_check", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
 
 
 @dataclass(frozen=True)
@@ -36,9 +58,24 @@ class Source:
         """The table of true part masks; need not exist."""
         return self.folder / "parts.parquet"
 
+    @property
+    def identities(self) -> Path:
+        """The table of who was who before datasets were combined; need not exist."""
+        return self.folder / "identities.parquet"
+
+    def person_digests(self, people: Iterable[str]) -> list[str]:
+        """Return digests of people under all their names, sorted: those from before datasets were combined too."""
+        names = set(people)
+        if self.identities.is_file():
+            known = tables.read_table(self.identities, "identities")
+            names |= set(known.loc[known["person_id"].isin(names), "original_id"])
+        return sorted(fingerprint({"person": name}, {}) for name in names)
+
     def digests(self) -> dict[str, str]:
         """Digest by name of the tables there are: what decides whether a stage is up to date."""
         files = {"images": self.images, "captions": self.captions, "described": self.described}
+        if self.identities.is_file():
+            files["identities"] = self.identities
         return {name: digest(path) for name, path in files.items() if path is not None and path.is_file()}
 
     def corpus(self) -> Corpus:
@@ -82,7 +119,8 @@ def _own_folder(run: Run) -> Path:
 
 
 def _own_texts(run: Run, folder: Path) -> Path | None:
-    """Texts written for exactly these images: the run's own, those beside the dataset, or those trained with."""
+    """Texts written for exactly these images: the run's own, those beside the dataset, those trained with, or those
+    that the dataset came with."""
     images = digest(folder / "images.parquet") if (folder / "images.parquet").is_file() else ""
     for other in (run, Run(folder.resolve().parent)):
         record = other.record("caption")
@@ -92,4 +130,5 @@ def _own_texts(run: Run, folder: Path) -> Path | None:
     if trained is not None and trained["inputs"].get("images") == images and trained.get("described"):
         path = Path(trained["described"])
         return path if path.is_file() else None
-    return None
+    imported = Run(folder.resolve().parent).record(folder.resolve().name)
+    return folder / "captions.parquet" if imported is not None and imported.get("described") else None

@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -522,3 +524,63 @@ def test_hostile_captions_stay_text_from_table_to_report(chain, tmp_path):
 
 def test_an_option_without_heavy_work_is_checked_before_the_epochs(tmp_path):
     refused(2, args=("finetune", *ONE_EPOCH[:2], "--set", "train.precision=fp8", "--run", tmp_path / "run"))
+
+
+def hostile(folder, name):
+    """A CUHK-PEDES of one image, spoilt in one way; returns words of the complaint."""
+    items = [{"split": "train", "captions": ["A man."], "file_path": "CUHK01/a.png", "id": 1}]
+    picture = folder / "imgs" / "CUHK01" / "a.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 16)).save(picture)
+    annotation = folder / "reid_raw.json"
+    if name == "climbing":
+        items[0]["file_path"] = "../../etc/passwd"
+    elif name == "nul":
+        items[0]["captions"] = ["a\0b"]
+    elif name == "loop":
+        picture.unlink()
+        picture.symlink_to(picture)
+    elif name == "bomb":
+        picture.write_bytes(_png_header(50_000, 50_000))
+    annotation.write_text(json.dumps(items))
+    if name == "latin-1":
+        annotation.write_bytes(annotation.read_bytes().replace(b"A man", "Käthe".encode("latin-1")))
+    elif name == "huge":
+        with annotation.open("wb") as stream:
+            stream.truncate(2 << 30)
+    elif name == "windows":
+        annotation.write_bytes(b"\xef\xbb\xbf" + json.dumps(items, indent=1).replace("\n", "\r\n").encode())
+
+
+def _png_header(width, height):
+    """A PNG of a few bytes that announces many pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"0"))]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("climbing", ["entry 0", "leads outside"]),
+        ("nul", ["entry 0", "NUL"]),
+        ("loop", ["a.png"]),
+        ("bomb", ["a.png", "pixels"]),
+        ("latin-1", ["reid_raw.json", "not UTF-8 (byte"]),
+        ("huge", ["reid_raw.json", "2,048 MiB", "limit"]),
+    ],
+)
+def test_a_hostile_dataset_is_refused_in_one_line_and_named_by_the_doctor(tmp_path, name, words):
+    hostile(tmp_path / "CUHK-PEDES", name)
+    refused(3, *words, args=("data", "import", "cuhk-pedes", tmp_path, "--run", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    found = cli("data", "check", tmp_path / "CUHK-PEDES", "--tokenizer", "none", "--json")
+    assert found.code == 3 and found.json["status"] == "problems"
+    assert any(words[-1].split()[0] in str(item) for item in found.json["findings"] if item["severity"] == "error")
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path):
+    hostile(tmp_path / "CUHK-PEDES", "windows")
+    assert cli("data", "import", "cuhk-pedes", tmp_path, "--run", tmp_path / "run").code == 0

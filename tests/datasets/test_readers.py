@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reidctl.datasets.base import Entry, Options, image_facts, measure, safe_join
+from reidctl.datasets.base import Entry, Options, measure, safe_join
 from reidctl.datasets.registry import format_names, reader
+from reidctl.datasets.scan import image_facts
 from reidctl.datasets.splits import carve_validation, split_people
 from reidctl.errors import DataError, UsageError
 
@@ -97,9 +98,9 @@ def test_cuhk_pedes_gives_every_caption_its_split_and_person(tmp_path):
     assert any("34,054" in note for note in found.notes), "counts unlike the release's must be said"
 
 
-def test_cuhk_pedes_refuses_the_first_release_and_says_what_it_lacks(tmp_path):
-    (tmp_path / "caption_all.json").write_text("[]")
-    with pytest.raises(DataError, match=r"caption_all.json.*no `split` field"):
+def test_cuhk_pedes_refuses_the_first_release_under_the_name_of_the_newer_file(tmp_path):
+    cuhk(tmp_path, lambda items: [{key: item[key] for key in ("id", "file_path", "captions")} for item in items])
+    with pytest.raises(DataError, match=r"no entry with a `split`.*call it caption_all\.json"):
         load("cuhk-pedes", tmp_path)
 
 
@@ -355,14 +356,14 @@ def test_csv_takes_windows_line_ends_and_a_byte_order_mark(tmp_path, encoding, e
         ("image,person\na.png,1\n".encode("utf-16"), "UTF-16"),
         (b"image,who\na.png,1\n", r"lacks the column `person`; it has: image, who"),
         (b"image,person,person\na.png,1,1\n", "person twice"),
-        (b"image,person\na.png,1,2,3\n", "not a regular table"),
+        (b"image,person\na.png,1,2,3\n", "data row 1: 4 cells, but the header has 2"),
         (b"image,person\na.png,\n", r"data row 1: `person` is empty"),
         (b"image,person,split\na.png,1,dev\n", r"data row 1: `split` is none of train, val, test \(got 'dev'\)"),
         (b"image,person\n../../etc/passwd,1\n", "leads outside"),
         (b"image,person,captions\na.png,1,[oops\n", "not a JSON list"),
         (b"image,person\na.png,1\na.png,2\n", "`person` of a.png differs"),
         (b"image,person\n", "has no images"),
-        (b"", "not a regular table"),
+        (b"", "is empty"),
         (b"image,person\nmissing.png,1\n", "missing.png does not exist"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from reidctl.errors import DataError
 from reidctl.evaluation.baselines import chance_of, label_shuffle
-from reidctl.evaluation.protocols import evaluate, image_to_image, text_to_image, with_vectors
+from reidctl.evaluation.protocols import clothes_settings, evaluate, image_to_image, text_to_image, with_vectors
 from reidctl.metrics import METRICS
 from reidctl.retrieval.store import from_frame
 from reidctl.tables import read_table, vectors, write_table
@@ -112,6 +112,23 @@ def test_cloth_changing_leaves_no_match_in_the_query_s_outfit():
     assert len(hits)
     assert (outfit[hits["gallery_id"]].to_numpy() != outfit[hits["query_id"]].to_numpy()).all()
     assert (result.ranking.queries.matches == 2).all()
+
+
+@pytest.mark.covers(24)
+def test_a_cloth_changing_set_is_measured_in_both_settings():
+    images, _, embeddings = people_tables()
+    protocol = image_to_image(images, from_frame(embeddings), dataset="toy", split="test")
+    changed, same = clothes_settings(protocol)
+    assert (changed.condition, same.condition) == ("cloth-changing", "same-clothes")
+    # The query (shot 0) wears outfit 0, so do shots 2 (gallery); shots 1 and 3 wear outfit 1; shot 3 is by its camera.
+    assert (evaluate(changed).ranking.queries.matches == 1).all()
+    assert (evaluate(same).ranking.queries.matches == 1).all()
+    hits = evaluate(changed).rankings.query("match")["gallery_id"]
+    assert set(hits.str[-2:]) == {"s1"}
+    # Nobody changes clothes, outfits are unknown, or all queries do: one setting says it all.
+    for outfits in ("one", None, images["image_id"]):
+        other = image_to_image(images.assign(outfit_id=outfits), from_frame(embeddings), dataset="toy", split="test")
+        assert clothes_settings(other) == []
 
 
 @pytest.mark.parametrize("cameras", [True, False])

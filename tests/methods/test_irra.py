@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import write_dataset
 from methods.test_method_contract import model, training_batch
 
 from reidctl import losses
+from reidctl.batch import Tokens
 from reidctl.methods.irra import mask_tokens
 
 
@@ -67,3 +70,22 @@ def test_one_classifier_serves_both_modalities(folder):
     logits = [features @ method.classifier.weight.T + method.classifier.bias for features in (image, text)]
     expected = sum(torch.nn.functional.cross_entropy(each, batch.person) for each in logits) / 2
     assert torch.allclose(method.losses(batch, "finetune")["id"], expected)
+
+
+@pytest.mark.covers(16)
+def test_images_without_a_caption_enter_the_identity_loss_and_nothing_else(folder):
+    method = model("irra")
+    whole = training_batch(method, folder)
+    has_text = torch.arange(len(whole)) % 3 != 1
+    words = whole.texts["full"]
+    mixed = replace(whole, texts={"full": Tokens(words.ids[has_text], words.mask[has_text])}, has_text=has_text)
+    found, alone = {}, {}
+    for kept, batch in ((found, mixed), (alone, mixed.pairs())):
+        torch.manual_seed(3)
+        kept |= method.losses(batch, "finetune")
+    assert torch.allclose(found["sdm"], alone["sdm"]) and torch.allclose(found["mlm"], alone["mlm"])
+    image = method.backbone.encode_image(whole.image).cls[:, 0]
+    every = losses.cross_entropy(method.classifier(image), whole.person)
+    captioned = losses.cross_entropy(method.classifier(image[has_text]), whole.person[has_text])
+    assert torch.allclose(found["id"] - alone["id"], (every - captioned) / 2, atol=1e-5)
+    assert not torch.allclose(every, captioned)

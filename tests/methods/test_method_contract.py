@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import corpus_of, write_dataset
 
+from reidctl.augment import AugmentConfig
 from reidctl.backbones.weights import build
 from reidctl.batch import Batch
-from reidctl.data import AugmentConfig, TrainingSet
+from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import UsageError

@@ -28,6 +28,8 @@ def problem(seed, queries=60, gallery=90, people=12, width=16, *, discrete=False
             gallery_person=names[rng.integers(0, people, gallery)],
             query_camera=cameras[rng.integers(0, 3, queries)],
             gallery_camera=cameras[rng.integers(0, 3, gallery)],
+            query_outfit=cameras[rng.integers(0, 3, queries)],
+            gallery_outfit=cameras[rng.integers(0, 3, gallery)],
         ),
     )
 
@@ -39,7 +41,11 @@ def slow_metrics(scores, labels, exclude):
         kept = []
         for j in range(scores.shape[1]):
             same = labels["query_person"][i] == labels["gallery_person"][j]
-            if exclude == "same_camera" and same and labels["query_camera"][i] == labels["gallery_camera"][j]:
+            camera = labels["query_camera"][i] == labels["gallery_camera"][j]
+            outfit = labels["query_outfit"][i] == labels["gallery_outfit"][j]
+            dropped = {"none": False, "same_camera": camera, "same_outfit": outfit}
+            dropped |= {"cloth_changing": camera or outfit, "same_clothes": camera or not outfit}
+            if same and dropped[exclude]:
                 continue
             kept.append((-scores[i, j], same))
         kept.sort(key=lambda pair: pair[0])
@@ -72,8 +78,8 @@ def test_three_queries_by_four_images_by_hand():
     np.testing.assert_allclose(found.score[0], [0.9, 0.4, 0.2, 0.1], atol=1e-7)
 
 
-@pytest.mark.covers(25, 26, 27, 28)
-@pytest.mark.parametrize("exclude", ["none", "same_camera"])
+@pytest.mark.covers(24, 25, 26, 27, 28)
+@pytest.mark.parametrize("exclude", ["none", "same_camera", "same_outfit", "cloth_changing", "same_clothes"])
 @pytest.mark.parametrize("people", [4, 30])  # many and few matches take different counting code
 def test_equals_three_nested_loops_on_random_input(exclude, people):
     q, g, labels = problem(0, people=people)

@@ -9,6 +9,7 @@ from reidctl import tables
 from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run
 from reidctl.stages import data_import
+from reidctl.stages.sources import find_source
 
 
 def table_of(folder, rows="a.png,1,train,One.\nb.png,2,test,Two.\n"):
@@ -73,3 +74,26 @@ def test_a_missing_root_and_an_unknown_format_are_named(tmp_path):
         data_import.run(Run(tmp_path / "run"), format="folder", root=tmp_path / "nowhere")
     with pytest.raises(UsageError, match="No dataset format `foldr`"):
         data_import.run(Run(tmp_path / "run"), format="foldr", root=tmp_path)
+
+
+@pytest.mark.covers(18)
+def test_descriptions_that_come_with_a_dataset_are_what_a_method_reads(tmp_path):
+    """No `caption` stage is needed, and the texts count as written by a model."""
+    root = table_of(tmp_path)
+    texts = tmp_path / "texts.csv"
+    texts.write_text(
+        "image,identity,clothing,model\na.png,Tall.,Red coat.,some-vlm\nb.png,Small.,Blue coat.,some-vlm\n"
+    )
+    run = Run(tmp_path / "run")
+    record = data_import.run(run, format="csv-table", root=root, descriptions=texts)
+    assert record["described"] and any("some-vlm" in note for note in record["notes"])
+    captions = tables.read_table(run.table("data", "captions"), "captions")
+    written = captions[captions["kind"] != "full"]
+    assert set(written["source"]) == {"mllm"} and set(written["model"]) == {"some-vlm"}
+    assert set(captions.loc[captions["kind"] == "full", "source"]) == {"human"}
+    corpus = find_source(run).corpus()
+    assert corpus.identity == ["Tall.", "Small."] and corpus.clothing == ["Red coat.", "Blue coat."]
+    texts.write_text(texts.read_text().replace("Tall.", "Thin."))
+    assert data_import.run(run, format="csv-table", root=root, descriptions=texts)["status"] == "done"
+    assert data_import.run(run, format="csv-table", root=root)["described"] is False
+    assert find_source(run).described is None

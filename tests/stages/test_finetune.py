@@ -5,6 +5,7 @@ from reidctl.backbones.weights import build
 from reidctl.device import resolve_device
 from reidctl.errors import DataError
 from reidctl.methods.base import build_method
+from reidctl.pixels import PixelStore
 from reidctl.stages.finetune import _validation
 
 
@@ -14,7 +15,8 @@ def validate(folder, images_of_split):
         images_of_split(corpus.images), corpus.captions.iloc[:0], corpus.identity, corpus.clothing, corpus.root
     )
     method = build_method("clip", {}, build("clip:micro"), 4).eval()
-    return _validation(corpus, method.backbone.image_size, resolve_device("cpu"), 0)(method)
+    store = PixelStore(corpus.paths(), method.backbone.image_size, cache_bytes=0)
+    return _validation(corpus, store, resolve_device("cpu"))(method)
 
 
 def test_a_split_without_captions_is_validated_from_image_to_image(tmp_path):

@@ -1,14 +1,23 @@
 """A folder of images: one sub-folder per person, or a flat folder of own photos whose people nobody knows."""
 
+import errno
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
-from reidctl.datasets.base import IMAGE_SUFFIXES, Draft, Entry, Options, readable_name
+import pandas as pd
+
+from reidctl.datasets.base import IMAGE_SUFFIXES, Draft, Entry, Options, Probe, readable_name
+from reidctl.datasets.formats.csv_table import file_names
+from reidctl.datasets.manifest import Complaints
 from reidctl.datasets.splits import split_people
-from reidctl.errors import DataError
+from reidctl.datasets.writing import place, rows
+from reidctl.errors import DataError, UsageError
 
 OPTIONS = frozenset({"seed", "name", "fractions"})
 DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
+# Sub-folders that autodetection looks into before it gives up.
+_LOOKED_AT = 50
 
 
 def read(root: Path, options: Options) -> Draft:
@@ -16,26 +25,65 @@ def read(root: Path, options: Options) -> Draft:
 
     Raises:
         DataError: no such folder, no images, both layouts at once, a broken link, or a sub-folder that is a link
-            back to the folder itself.
+            back to the folder itself or round in a circle.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder.", hint="Give a folder of images, or of one folder per person.")
     root = root.absolute()
     name = options.name or readable_name(root.resolve()) or "folder"
-    flat = _images(root)
-    people = {readable_name(path): _images(path) for path in _subfolders(root)}
+    complain = Complaints(options.lenient)
+    flat = _images(root, complain)
+    people = {path.name: _images(path, complain) for path in _subfolders(root, complain)}
     people = {person: images for person, images in people.items() if images}
     if flat and people:
-        raise DataError(
-            f"{root} holds images beside folders of images.",
-            hint="Either all images lie in the folder, or every person has a sub-folder.",
+        complain(
+            DataError(
+                f"{root} holds images beside folders of images.",
+                hint="Either all images lie in the folder, or every person has a sub-folder.",
+            )
         )
+        flat = []
     if not flat and not people:
         raise DataError(
             f"No images in {root} or its sub-folders ({', '.join(sorted(IMAGE_SUFFIXES))}).",
             hint="Images are looked for in the folder and one level below.",
         )
-    return _flat(name, flat) if flat else _by_person(name, people, options)
+    draft = _flat(name, flat) if flat else _by_person(name, people, options)
+    draft.problems = complain.sentences()
+    return draft
+
+
+def probe(root: Path) -> Probe | None:
+    """Recognise a folder of images; ask this last, for the folders of every other format hold images too."""
+    if not root.is_dir():
+        return None
+    last = "(asked last: other formats hold such folders too)"
+    if any(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in root.iterdir()):
+        return Probe(root, f"flat folder of images, people unknown {last}")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if any(
+        path.suffix.lower() in IMAGE_SUFFIXES for sub in folders[:_LOOKED_AT] for path in islice(sub.iterdir(), 100)
+    ):
+        return Probe(root, f"{len(folders):,} sub-folders, taken for one per person {last}")
+    return None
+
+
+def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path) -> Path:
+    """Write one sub-folder per person and return `out`; it keeps images and people, no splits, cameras or texts.
+
+    Raises:
+        UsageError: the rows are of several datasets, or two people's ids make one folder name.
+    """
+    folders: dict[str, str] = {}
+    for row, name in zip(rows(images), file_names(images), strict=True):
+        person = str(row.person_id).removeprefix(f"{row.dataset}:")
+        folder = person.replace("/", "_").replace("\\", "_").lstrip(".") or "_"
+        if folders.setdefault(folder, person) != person:
+            raise UsageError(
+                f"People {folders[folder]} and {person} would share the folder {folder}.", hint="Use csv-table."
+            )
+        place(source / row.path, out / folder / name.replace("/", "_"))
+    return out
 
 
 def _flat(name: str, images: list[Path]) -> Draft:
@@ -60,19 +108,42 @@ def _by_person(name: str, people: dict[str, list[Path]], options: Options) -> Dr
     return Draft(name, entries, None, [note])
 
 
-def _images(folder: Path) -> list[Path]:
-    found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-    for path in found:
-        readable_name(path)
-        if path.is_symlink() and not path.exists():
-            raise DataError(f"{path} is a link that leads nowhere or to itself.", hint="Remove it.")
-    return sorted(path for path in found if path.is_file())
+def _images(folder: Path, complain: Complaints) -> list[Path]:
+    found = []
+    for path in folder.iterdir():
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        try:
+            readable_name(path)
+            if path.is_symlink() and not path.exists():
+                raise DataError(f"{path} is a link that leads nowhere or to itself.", hint="Remove it.")
+        except DataError as error:
+            complain(error)
+            continue
+        if path.is_file():
+            found.append(path)
+    return sorted(found)
 
 
-def _subfolders(root: Path) -> list[Path]:
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _subfolders(root: Path, complain: Complaints) -> list[Path]:
     home = root.resolve()
-    for path in folders:
-        if path.is_symlink() and home.is_relative_to(path.resolve()):
-            raise DataError(f"{path} is a link back to {root}.", hint="Remove it.")
+    folders = []
+    for path in sorted(path for path in root.iterdir() if not path.name.startswith(".")):
+        try:
+            if _is_circle(path) or (path.is_symlink() and path.is_dir() and home.is_relative_to(path.resolve())):
+                raise DataError(f"{path} is a link back to {root} or round in a circle.", hint="Remove it.")
+            if path.is_dir():
+                readable_name(path)
+                folders.append(path)
+        except DataError as error:
+            complain(error)
     return folders
+
+
+def _is_circle(path: Path) -> bool:
+    """Whether a link leads through other links back to itself; images that do are named by `_images`."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP and path.suffix.lower() not in IMAGE_SUFFIXES
+    return False

@@ -1,0 +1,49 @@
+"""Loading ahead: the next batches are decoded by threads while the model computes.
+
+Threads rather than processes: decoding and resizing release the interpreter lock, all threads share one cache of
+decoded images, and no tensor is copied between processes. What is loaded never depends on their number.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST = 8
+
+
+def loader_threads(device: str) -> int:
+    """Return how many threads load when nobody says: one per core up to eight for a GPU, one beside a CPU at work."""
+    return min(_MOST, os.cpu_count() or 1) if device == "cuda" else 1
+
+
+def load_ahead(load: Callable[[T], R], items: Iterable[T], *, threads: int) -> Generator[R]:
+    """Yield `load(item)` for every item, in order, with `threads` + 1 results made ahead.
+
+    Args:
+        load: makes one result; is called from other threads unless `threads` is 0.
+        items: what to load.
+        threads: 0 loads in the calling thread, when asked.
+
+    Raises:
+        Whatever `load` raises, at the place of the item; what was not begun is dropped.
+    """
+    if threads == 0:
+        yield from map(load, items)
+        return
+    queue = iter(items)
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    try:
+        waiting.extend(pool.submit(load, item) for item in islice(queue, threads + 1))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(load, item) for item in islice(queue, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,216 @@
+"""`data combine`: datasets as one, with one identity map and no test person in any training split.
+
+A single dataset is allowed: it is purged of what its own splits share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reidctl import tables
+from reidctl.console import log
+from reidctl.datasets import identities, leaks
+from reidctl.errors import DataError, UsageError
+from reidctl.runs import Run, digest
+from reidctl.stages.counting import count_splits
+from reidctl.stages.sources import DataSettings, Source, find_source
+
+STAGE = "data"
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The rows of all sources, as they were."""
+
+    images: pd.DataFrame
+    captions: pd.DataFrame
+    parts: pd.DataFrame
+    described: bool
+
+
+def run(
+    run: Run,
+    sources: Sequence[Path],
+    settings: DataSettings,
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Join datasets: one person id for everybody who is linked, and test people out of every training split.
+
+    Args:
+        run: where the stage writes.
+        sources: run directories with a finished `data` stage, or data folders; their order decides common names.
+        settings: `identity_map`, a user's file of who is who (see `identities.read_links`); `purge`, whether images
+            leave train (and val) whose person or file is in test (or val) of any dataset; `leak_check`, what to do
+            when `purge` is off and such an image is found.
+        force: join again even if nothing changed.
+
+    Raises:
+        UsageError: the run itself is among the sources.
+        DataError: a dataset twice, people who are not known, a bad identity map, or a leak with `leak_check=error`.
+    """
+    found = _find(run, sources)
+    resolved = {
+        "sources": [source.folder.resolve().as_posix() for source in found],
+        "purge": settings.purge,
+        "leak_check": settings.leak_check,
+    }
+    inputs = {f"{number}.{name}": value for number, s in enumerate(found) for name, value in s.digests().items()}
+    if settings.identity_map is not None:
+        inputs["identity_map"] = digest(settings.identity_map)
+    current = None if force else run.up_to_date(STAGE, resolved, inputs)
+    if current is not None:
+        return {**current, "status": "up-to-date"}
+    started = datetime.now(UTC)
+    joined = _join(found)
+    links = identities.find_links(joined.images)
+    if settings.identity_map is not None:
+        links += identities.read_links(settings.identity_map, joined.images)
+    people = identities.unify(joined.images, links)
+    images = identities.rename(joined.images, people)
+    purged = tables.empty("purged")
+    if settings.purge:
+        images, purged = leaks.purge(images)
+    notes = [*_notes(joined.images, people, purged), *leaks.guard(images, settings.leak_check)]
+    run.unfinish(STAGE)
+    made = _tables(joined, images, people, purged)
+    for name, frame in made.items():
+        tables.write_table(run.table(STAGE, name), name, frame)
+    for name in {"parts"} - set(made):
+        run.table(STAGE, name).unlink(missing_ok=True)
+    record = run.finish(
+        STAGE,
+        settings=resolved,
+        inputs=inputs,
+        outputs=[run.table(STAGE, name) for name in made],
+        started=started,
+        metrics={
+            "people": int(images["person_id"].nunique()),
+            "linked_people": int((people["rule"] != "own").sum()),
+            "purged_people": int(purged["person_id"].nunique()),
+            "purged_images": len(purged),
+        },
+        extra={
+            "splits": count_splits(images, made["captions"]),
+            "by_dataset": {str(name): count_splits(part, made["captions"]) for name, part in _parts(images)},
+            "purged": _purged_people(purged),
+            "notes": notes,
+            "source": "combine",
+            "known_people": True,
+            "described": joined.described,
+        },
+    )
+    return {**record, "status": "done"}
+
+
+def _find(run: Run, sources: Sequence[Path]) -> list[Source]:
+    found = []
+    for path in sources:
+        holds = (path / "images.parquet").is_file()
+        source = find_source(Run(path.parent if holds else path), path if holds else None)
+        if source.folder.resolve() == run.stage_dir(STAGE).resolve():
+            raise UsageError(f"{path} is the run that the combination is written to.", hint="Choose another --run.")
+        record = Run(source.folder.parent).record(source.folder.name)
+        if record is not None and record.get("known_people") is False:
+            raise DataError(
+                f"The images in {source.folder} were imported without person ids.",
+                hint="A combination needs to know who is who; import them with one folder per person.",
+            )
+        found.append(source)
+    return found
+
+
+def _join(sources: Sequence[Source]) -> _Joined:
+    images, captions, parts = [], [], []
+    seen: dict[str, Path] = {}
+    for source in sources:
+        frame = tables.read_table(source.images, "images")
+        for name in sorted(set(frame["dataset"])):
+            if name in seen:
+                raise DataError(
+                    f"The dataset {name} is in {seen[name]} and in {source.folder}.",
+                    hint="Give each dataset once; own tables and folders are renamed with `data import --name`.",
+                )
+            seen[name] = source.folder
+        root = source.folder.resolve()
+        images.append(frame.assign(path=[(root / path).as_posix() for path in frame["path"]]))
+        captions.append(_texts(source))
+        if source.parts.is_file():
+            parts.append(tables.read_table(source.parts, "parts"))
+    texts = pd.concat(captions, ignore_index=True)
+    return _Joined(
+        pd.concat(images, ignore_index=True),
+        texts,
+        pd.concat(parts, ignore_index=True) if parts else tables.empty("parts"),
+        any(source.described is not None for source in sources),
+    )
+
+
+def _texts(source: Source) -> pd.DataFrame:
+    """The captions of a dataset; texts that `caption` wrote for it replace those of the same kinds."""
+    own = tables.read_table(source.captions, "captions") if source.captions.is_file() else tables.empty("captions")
+    if source.described is None or source.described == source.captions:
+        return own
+    written = tables.read_table(source.described, "captions")
+    return pd.concat([own[~own["kind"].isin(set(written["kind"]))], written], ignore_index=True)
+
+
+def _tables(
+    joined: _Joined, images: pd.DataFrame, people: pd.DataFrame, purged: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    kept = set(images["image_id"])
+    made = {
+        "images": images,
+        "captions": joined.captions[joined.captions["image_id"].isin(kept)].reset_index(drop=True),
+        "identities": people,
+        "purged": purged,
+    }
+    if len(joined.parts):
+        made["parts"] = joined.parts[joined.parts["image_id"].isin(kept)].reset_index(drop=True)
+    return made
+
+
+def _parts(images: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
+    return list(images.groupby(images["dataset"].astype(str), sort=True))
+
+
+def _purged_people(purged: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry for every person and split that lost images, for people to read and for scripts."""
+    groups = purged.groupby(["person_id", "dataset", "split", "reason"], observed=True, sort=True)
+    return [
+        {
+            "person_id": str(person),
+            "dataset": str(dataset),
+            "split": str(split),
+            "reason": str(reason),
+            "images": len(rows),
+            "evidence": str(rows["evidence"].iloc[0]),
+        }
+        for (person, dataset, split, reason), rows in groups
+    ]
+
+
+def _notes(images: pd.DataFrame, people: pd.DataFrame, purged: pd.DataFrame) -> list[str]:
+    linked = people[people["rule"] != "own"]
+    rules = ", ".join(f"{count} by {rule}" for rule, count in linked["rule"].value_counts().items())
+    common = int(linked["person_id"].nunique())
+    notes = [
+        f"{images['person_id'].nunique():,} people of {images['dataset'].nunique()} datasets are "
+        f"{people['person_id'].nunique():,} people: {common:,} are in several"
+        + (f" ({rules})." if len(linked) else ".")
+    ]
+    merged = identities.merged_within(people)
+    if merged:
+        notes.append(f"{len(merged)} people had several ids within one dataset, the first: {merged[0]}.")
+    if len(purged):
+        notes.append(
+            f"{len(purged):,} images of {purged['person_id'].nunique():,} people were taken out of training: they are "
+            "in a test or validation split."
+        )
+    for note in notes:
+        log.info(note)
+    return notes

@@ -1,0 +1,43 @@
+import threading
+import time
+
+import pytest
+
+from reidctl.loading import load_ahead, loader_threads
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_results_come_in_order_whatever_takes_longest(threads):
+    def load(item):
+        time.sleep(0.01 if item % 3 == 0 else 0)
+        return item * item
+
+    assert list(load_ahead(load, range(20), threads=threads)) == [item * item for item in range(20)]
+
+
+def test_no_more_than_the_threads_and_one_are_made_ahead():
+    begun = []
+    loading = load_ahead(lambda item: begun.append(item) or item, range(100), threads=2)
+    assert next(loading) == 0
+    time.sleep(0.05)
+    assert len(begun) <= 4
+    loading.close()
+    assert len(begun) <= 4 and not [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_is_raised_at_its_place_and_ends_the_threads(threads):
+    def load(item):
+        if item == 3:
+            raise ValueError("image 3")
+        return item
+
+    loading = load_ahead(load, range(10), threads=threads)
+    assert [next(loading) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="image 3"):
+        next(loading)
+    assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+def test_a_gpu_gets_more_threads_than_a_cpu_that_computes():
+    assert loader_threads("cpu") == 1 <= loader_threads("cuda") <= 8
