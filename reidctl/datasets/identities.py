@@ -80,13 +80,15 @@ def _equal_files(images: pd.DataFrame) -> Iterator[Link]:
 def _links_by(frame: pd.DataFrame, column: str, rule: str) -> Iterator[Link]:
     """Link the people of different datasets whose images share a value; a value of two people of ONE dataset says
     nothing about who it is and is left out."""
-    shared = frame[frame.duplicated(column, keep=False)]
-    for _, rows in shared.groupby(column, sort=False):
-        owners = rows[["dataset", "person_id"]].drop_duplicates()
-        if len(owners) < 2 or owners["dataset"].duplicated().any():
-            continue
-        first, *others = sorted(owners["person_id"])
-        yield from (_link(first, other, rule) for other in others)
+    owners = frame[[column, "dataset", "person_id"]].astype(str).drop_duplicates()
+    owners = owners[owners.duplicated(column, keep=False)].sort_values([column, "person_id"])
+    values = owners.groupby(column, sort=False)
+    owners = owners[values["dataset"].transform("nunique") == values["dataset"].transform("size")]
+    first = owners.groupby(column, sort=False)["person_id"].transform("first")
+    pairs = pd.DataFrame({"first": first, "other": owners["person_id"]}).drop_duplicates()
+    for one, other in zip(pairs["first"], pairs["other"], strict=True):
+        if one != other:
+            yield _link(one, other, rule)
 
 
 def _link(one: str, other: str, rule: str) -> Link:

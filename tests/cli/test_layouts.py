@@ -1,5 +1,7 @@
 """`data synth --layout` writes every public layout, and `data import` reads the same rows back from each."""
 
+from pathlib import Path
+
 import pytest
 from commandline import cli, refused
 
@@ -62,6 +64,16 @@ def test_the_same_rows_come_back_through_every_layout(rendered, tmp_path, name):
     for row in both.itertuples() if len(read) else ():
         known = given[row.image_id]
         assert read[row.image_id_read] == (known[:1] if name == "icfg-pedes" else known)
+
+
+@pytest.mark.covers(7)
+def test_the_parquet_table_beside_the_csv_gives_the_same_rows(rendered, tmp_path):
+    root = Path(rendered["csv-table"][1])
+    for name in ("manifest.csv", "table.parquet"):
+        words = ("data", "import", "csv-table", root.with_name(name), "--name", "mine", "--run", tmp_path / name)
+        assert cli(*words).code == 0
+    for one, other in zip(loaded(tmp_path / "manifest.csv"), loaded(tmp_path / "table.parquet"), strict=True):
+        assert len(one) and one.equals(other)
 
 
 @pytest.mark.covers(12)

@@ -99,7 +99,9 @@ def probe(root: Path) -> Probe | None:
 
 
 def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path) -> Path:
-    """Write `manifest.csv` beside a folder `images` and return the table; phrases cannot be expressed.
+    """Write `manifest.csv` and the same as `table.parquet` beside a folder `images`; return the first.
+
+    Phrases cannot be expressed.
 
     Raises:
         UsageError: the rows are of several datasets.
@@ -115,6 +117,7 @@ def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path)
             texts = json.dumps(row["captions"], ensure_ascii=False) if row["captions"] else ""
             cells = [texts if name == "captions" else row[name] for name in columns]
             writer.writerow([*cells, *(row["attributes"].get(name, "") for name in names)])
+    _write_parquet(table, out / "table.parquet")
     return path
 
 
@@ -124,7 +127,10 @@ def write_parquet(images: pd.DataFrame, captions: pd.DataFrame, source: Path, ou
     Raises:
         UsageError: the rows are of several datasets.
     """
-    table = _laid_out(images, captions, source, out)
+    return _write_parquet(_laid_out(images, captions, source, out), out / f"{MANIFEST}.parquet")
+
+
+def _write_parquet(table: Sequence[dict[str, Any]], path: Path) -> Path:
     kinds = {"captions": pa.list_(pa.string()), "attributes": pa.map_(pa.string(), pa.string())}
     columns = list(table[0]) if table else ["image", "person"]
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
@@ -132,7 +138,6 @@ def write_parquet(images: pd.DataFrame, captions: pd.DataFrame, source: Path, ou
     for column in schema:
         values = [list(row[column.name].items()) if column.name == "attributes" else row[column.name] for row in table]
         arrays.append(pa.array(values, type=column.type))
-    path = out / f"{MANIFEST}.parquet"
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
     return path
 
