@@ -203,3 +203,16 @@ def resize_positions(table: Tensor, source: Grid, target: Grid, *, antialias: bo
     field = patches.reshape(1, *source, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
     field = F.interpolate(field, size=target, mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([first, field.flatten(2)[0].t().to(table.dtype)])
+
+
+def resize_text_positions(table: Tensor, length: int) -> Tensor:
+    """Return a text position table (L, C) for another context length.
+
+    A shorter context takes the first rows. A longer one is interpolated linearly between them, first and last row
+    staying at the ends; UFine6926's authors stretch CLIP's 77 positions to 168 so (their code was not at hand: the
+    choice of linear with fixed ends is ours).
+    """
+    if length <= len(table):
+        return table[:length]
+    rows = table.float().t().unsqueeze(0)  # (1, C, L)
+    return F.interpolate(rows, size=length, mode="linear", align_corners=True)[0].t().to(table.dtype)

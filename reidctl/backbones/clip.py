@@ -29,6 +29,7 @@ from reidctl.backbones.checkpoints import (
     fill,
     read_checkpoint,
     resize_positions,
+    resize_text_positions,
     source_grid,
 )
 from reidctl.backbones.hub import hub_file, unreachable
@@ -225,7 +226,12 @@ def _check(config: BackboneConfig) -> None:
 
 
 def configure(
-    spec: str, *, image_size: tuple[int, int] | None = None, stride: int | None = None, quick_gelu: bool | None = None
+    spec: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    text_length: int | None = None,
+    stride: int | None = None,
+    quick_gelu: bool | None = None,
 ) -> BackboneConfig:
     """Return the configuration that `clip:<name>/<source>` names.
 
@@ -242,7 +248,7 @@ def configure(
         spec=spec,
         image_size=size,
         image={key: value for key, value in model["vision_cfg"].items() if key != "image_size"},
-        text=dict(model["text_cfg"]),
+        text={**model["text_cfg"], **({"context_length": text_length} if text_length else {})},
         dim=model["embed_dim"],
         mean=tuple(statistics.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(statistics.get("std") or open_clip.OPENAI_DATASET_STD),
@@ -344,6 +350,8 @@ def load_clip(backbone: ClipBackbone, path: Path, grid: Grid | None = None) -> N
     stated = grid or checkpoint.grid
     source = source_grid(len(table) - 1, backbone.grid, str(path), stated)
     weights["image.visual.positional_embedding"] = resize_positions(table, source, backbone.grid)
+    name = "text.text.positional_embedding"
+    weights[name] = resize_text_positions(weights[name], backbone.context_length)
     fill(backbone, weights, str(path), ignore=_UNUSED)
 
 

@@ -39,6 +39,7 @@ def configure(
     spec: str,
     *,
     image_size: tuple[int, int] | None = None,
+    text_length: int | None = None,
     stride: int | None = None,
     dim: int | None = None,
     pool: Pool = "cls",
@@ -46,13 +47,14 @@ def configure(
     """Return the configuration that `vit-bert:<hub id or folder>+<hub id or folder>` (or `vit-bert:tiny`) names.
 
     Raises:
-        UsageError: a malformed spec, or other model types than ViT and BERT.
+        UsageError: a malformed spec, other model types than ViT and BERT, or texts longer than the BERT's positions.
         DataError: configuration or vocabulary neither here nor downloadable.
     """
     name = spec.removeprefix("vit-bert:")
     if name in SIZES:
         size, vit, bert = SIZES[name]
-        text = {**bert, "vocab_size": len(shipped_vocabulary()), "context_length": bert["max_position_embeddings"]}
+        length = _text_length(text_length, bert["max_position_embeddings"], spec)
+        text = {**bert, "vocab_size": len(shipped_vocabulary()), "context_length": length}
         return _config(spec, image_size or size, VitSize(**vit), text, dim=dim, pool=pool, stride=stride)
     image_source, text_source = parse(spec)
     vit_config, bert_config = _hub_config(image_source, "vit"), _hub_config(text_source, "bert")
@@ -60,9 +62,20 @@ def configure(
     size = image_size or ((native, native) if isinstance(native, int) else (native[0], native[1]))
     known = {key: vit_config[key] for key in VitSize.model_fields if key in vit_config}
     text = {key: bert_config[key] for key in BertSize.model_fields if key in bert_config}
+    if text_length is not None:
+        text["context_length"] = _text_length(text_length, int(bert_config["max_position_embeddings"]), spec)
     vocabulary, lower_case = _vocabulary(text_source)
     config = _config(spec, size, VitSize(**known), text, dim=dim, pool=pool, stride=stride)
     return config.replace(vocabulary=vocabulary, lower_case=lower_case, **_pixel_statistics(image_source))
+
+
+def _text_length(wanted: int | None, most: int, spec: str) -> int:
+    if wanted is not None and wanted > most:
+        raise UsageError(
+            f"Backbone {spec}: its BERT has {most} positions, so a text cannot have {wanted} tokens.",
+            hint="Lower backbone.text_length.",
+        )
+    return wanted or most
 
 
 def parse(spec: str) -> tuple[str, str]:

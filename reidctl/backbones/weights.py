@@ -27,7 +27,9 @@ def build(
         image_size: (height, width); default: the checkpoint's own. The position table is interpolated to it.
         load: False builds the same model with random weights (a configuration may still need the network).
         grid: (h, w) in patches of a checkpoint whose position table is not square and that does not say so.
-        options: `stride` (both); `quick_gelu` (clip); `dim`, `pool` = cls, mean or pooler (vit-bert).
+        options: `text_length`, most tokens of a text (a longer context than the checkpoint's is interpolated for CLIP,
+            limited to the checkpoint's positions for BERT); `stride` (both); `quick_gelu` (clip); `dim`, `pool` = cls,
+            mean or pooler (vit-bert).
 
     Raises:
         UsageError: a malformed spec or an unknown model.

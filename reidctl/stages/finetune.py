@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from pydantic import Field
 
 from reidctl import tables
 from reidctl.backbones.base import Backbone
@@ -36,6 +37,8 @@ class BackboneSettings(Section):
     """`clip:<open_clip name>/<tag, hub id or path>`, `vit-bert:<hub id or path>+<hub id or path>`, `clip:tiny`, ..."""
     image_size: tuple[int, int] | None = None
     """(height, width) in pixels; None: the checkpoint's own."""
+    text_length: int | None = Field(None, ge=8, le=1024)
+    """Most tokens of a text; None: the checkpoint's own (77 for CLIP). Longer texts lose their end."""
     pixel_statistics: Literal["checkpoint", "clip", "imagenet", "half"] = "checkpoint"
     """What pixels are normalised with. They belong to the checkpoint; others are allowed and warned about."""
     grad_checkpointing: bool = False
@@ -180,7 +183,7 @@ def _train(
 ) -> tuple[Method, Outcome]:
     # The starting weights depend on the seed alone, not on what ran before in this process.
     torch.manual_seed(seed)
-    backbone = build(towers.spec, image_size=towers.image_size)
+    backbone = build(towers.spec, image_size=towers.image_size, text_length=towers.text_length)
     backbone.set_grad_checkpointing(towers.grad_checkpointing)
     _prepare_images(backbone, towers, training)
     train = corpus.of_split("train")

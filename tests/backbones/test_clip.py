@@ -92,6 +92,25 @@ def test_position_table_of_a_square_checkpoint_is_resized_as_open_clip_does(tmp_
         )
 
 
+@pytest.mark.covers(21)
+def test_a_longer_context_reads_longer_texts_and_interpolates_the_checkpoints_positions(tmp_path):
+    model = reference("micro", custom=False, quick_gelu=False)
+    short, long = (twin(model, "clip:micro", tmp_path, text_length=length) for length in (None, 63))
+    text = " ".join(["red"] * 50)
+    assert (short.tokenize([text]).ids.shape[1], long.tokenize([text]).ids.shape[1]) == (32, 52)
+    assert (short.truncation_rate([text]), long.truncation_rate([text])) == (1.0, 0.0)
+    table, stretched = (b.text.text.positional_embedding.detach() for b in (short, long))
+    # 31 steps become 62: every second row is one of the checkpoint's, those between are means of two.
+    torch.testing.assert_close(stretched[::2], table)
+    torch.testing.assert_close(stretched[1::2], (table[:-1] + table[1:]) / 2)
+    cut = twin(model, "clip:micro", tmp_path, text_length=16)
+    assert torch.equal(cut.text.text.positional_embedding, table[:16])
+    with torch.no_grad():
+        assert torch.isfinite(long.encode_text(long.tokenize([text])).pooled).all()
+        few = short.tokenize(CAPTIONS[:1])
+        torch.testing.assert_close(cut.encode_text(few).pooled, short.encode_text(few).pooled)
+
+
 def test_patches_pass_the_last_norm_and_the_projection(tmp_path):
     model = reference("micro", custom=False, quick_gelu=False)
     backbone = twin(model, "clip:micro", tmp_path)

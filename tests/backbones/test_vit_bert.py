@@ -170,3 +170,10 @@ def test_the_small_bert_embeds_every_id_of_the_shipped_vocabulary():
     backbone = weights.build("vit-bert:micro")
     assert backbone.text.words.num_embeddings == len(shipped_vocabulary())
     assert backbone.tokenize(["zebra-crossing w/ 2 TROLLEYS?"]).ids.max() < len(shipped_vocabulary())
+
+
+@pytest.mark.covers(21)
+def test_the_context_of_a_bert_can_be_shorter_but_not_longer_than_its_positions():
+    assert weights.build("vit-bert:micro", text_length=12).context_length == 12
+    with pytest.raises(UsageError, match=r"positions, so a text cannot have 9000 tokens.*text_length"):
+        weights.build("vit-bert:micro", text_length=9000)
