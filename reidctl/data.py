@@ -57,7 +57,7 @@ class Corpus:
             present = ", ".join(sorted(set(self.images["split"])))
             raise DataError(
                 f"The dataset has no `{'`, `'.join(splits)}` split (it has: {present or 'no images'}).",
-                hint="Import it with a validation split (`--carve-val N` takes people out of train), or name another.",
+                hint=_split_hint(splits),
             )
         place = {int(old): new for new, old in enumerate(rows)}
         captions = self.captions[self.captions["row"].isin(place)].copy()
@@ -69,6 +69,12 @@ class Corpus:
             [self.clothing[row] for row in rows],
             self.root,
         )
+
+
+def _split_hint(splits: Sequence[str]) -> str:
+    if "val" in splits:
+        return "Import it with a validation split (`--carve-val N` takes people out of train), or name another."
+    return "Name another split, or look at the dataset with `reidctl data check`."
 
 
 def build_corpus(images: pd.DataFrame, captions: pd.DataFrame, described: pd.DataFrame | None, root: Path) -> Corpus:
@@ -218,6 +224,9 @@ class TrainingSet:
         index = {name: number for number, name in enumerate(self.persons)}
         self.person_of_row = np.asarray([index[name] for name in corpus.images["person_id"]], np.int64)
         self.domains, self.domain_of_row = np.unique(corpus.images["dataset"].astype(str), return_inverse=True)
+        # A combination may hold one picture twice, captioned in one dataset and not in the other.
+        names = [digest or name for digest, name in zip(corpus.images["sha256"], self._names, strict=True)]
+        self.picture_of_row = np.asarray(pd.factorize(np.asarray(names, object))[0], np.int64)
         self._choose_samples(caption_free)
         self._prepare_texts(tokenize, shuffle_labels)
 
@@ -229,7 +238,8 @@ class TrainingSet:
             self.text_ids = self._names
             return
         described = captions["row"].to_numpy(np.int64)
-        bare = np.setdiff1d(rows, described)
+        # A picture that is captioned somewhere brings nothing new without its caption.
+        bare = np.flatnonzero(~np.isin(self.picture_of_row, self.picture_of_row[described]))
         self.row_of_sample = np.concatenate([described, bare]) if caption_free else described
         self.paired = len(described)
         self.text_ids = [str(name) for name in captions["caption_id"]]
@@ -302,6 +312,12 @@ class TrainingSet:
         people: npt.NDArray[np.int64] = self.person_of_row[self.row_of_sample]
         return people
 
+    @property
+    def picture_of_sample(self) -> npt.NDArray[np.int64]:
+        """Which picture every sample shows, by content, shape (S,)."""
+        pictures: npt.NDArray[np.int64] = self.picture_of_row[self.row_of_sample]
+        return pictures
+
     def __getitem__(self, key: Key) -> Sample:
         """Return sample `key[1]` as it looks at that place of that epoch."""
         epoch, sample, position = key
@@ -310,7 +326,7 @@ class TrainingSet:
         target = self._target(sample, row, rng)
         fusion = self._fusion(row, target, rng)
         used = [text for text in (target, fusion) if text >= 0]
-        used += [self._offsets["clothing"] + row] if "clothing" in self.texts else []
+        used += [self._offsets[kind] + row for kind in ("identity", "clothing") if kind in self.texts]
         may_flip = not (self.augment.flip_respects_sides and bool(self._has_side[used].any()))
         seen = augment_pixels(self.store[row], self.augment, rng, may_flip=may_flip)
         return Sample(seen.pixels, row, target, fusion, seen.flipped, seen.erase)

@@ -33,7 +33,9 @@ def read_pixels(path: Path, size: tuple[int, int], interpolation: Interpolation 
             rgb = image.convert("RGB").resize((size[1], size[0]), _RESAMPLING[interpolation])
     except FileNotFoundError:
         raise DataError(f"Image {path} does not exist.", hint="Was the dataset moved? Import it again.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # whatever a decoder meets in a damaged file: Pillow has no common kind for it
         raise DataError(f"Image {path} cannot be read ({error}).", hint="Replace it or remove its row.") from None
     return np.asarray(rgb)
 

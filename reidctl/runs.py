@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -125,6 +126,23 @@ class Run:
         }
         tables.write_text(self.stage_dir(stage) / "stage.json", json.dumps(record, indent=2, default=str) + "\n")
         return record
+
+    def check_writable(self) -> None:
+        """Find out before hours of work whether the run directory can be written; leaves nothing behind.
+
+        Raises:
+            DataError: its place is a file, or takes no files.
+        """
+        place = self.path.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise DataError(f"{place} is a file, so {self.path} cannot be a run.", hint="Choose another --run.")
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise DataError(f"{place} cannot be written to ({error.strerror}).", hint="Choose another --run.") from None
 
     def unfinish(self, stage: str) -> None:
         """Remove a stage's record before its outputs change: a half-redone stage must not look finished.

@@ -16,7 +16,13 @@ Indices = npt.NDArray[np.int64]
 
 
 def identity_batches(
-    person: Indices, image: Indices, *, batch: int, instances: int, rng: np.random.Generator
+    person: Indices,
+    image: Indices,
+    *,
+    batch: int,
+    instances: int,
+    rng: np.random.Generator,
+    what: str = "training split",
 ) -> list[Indices]:
     """Return the P x K batches of one epoch: K samples of each of P = batch / instances people.
 
@@ -26,10 +32,11 @@ def identity_batches(
 
     Args:
         person: identity index of every sample, shape (S,).
-        image: image row of every sample, shape (S,).
+        image: which picture a sample shows, shape (S,); equal numbers are one picture.
         batch: P * K samples; fewer only when there are fewer than P people.
         instances: K.
         rng: decides everything.
+        what: is dealt, for messages.
 
     Raises:
         UsageError: `batch` is not a multiple of `instances`.
@@ -39,7 +46,7 @@ def identity_batches(
         raise UsageError(f"A batch of {batch} cannot hold {instances} samples of each person.")
     people, members = _by_value(person)
     if len(people) < 2:
-        raise DataError("The training split has fewer than two people; there is nothing to tell apart.")
+        raise DataError(f"The {what} has fewer than two people; there is nothing to tell apart.")
     per_batch = min(batch // instances, len(people))
     chunks = [_chunks(samples, image, instances, rng) for samples in members]
     left = np.asarray([len(chunk) for chunk in chunks])
@@ -65,40 +72,40 @@ def _by_value(values: Indices) -> tuple[Indices, list[Indices]]:
 
 
 def _chunks(samples: Indices, image: Indices, instances: int, rng: np.random.Generator) -> list[Indices]:
-    """One person's samples in groups of K, different images first within the deal."""
-    order = rng.permutation(samples)
-    order = order[np.argsort(_turns(image[order]), kind="stable")]
-    several = len(samples) > 1 and bool((image[samples] != image[samples[0]]).any())
+    """One person's samples in groups of K different images; images repeat only if the person has fewer than K.
+
+    Every sample is in a group. The images with most samples left are dealt first; what a group lacks is drawn again.
+    """
+    order = rng.permutation(samples).tolist()
+    all_of: dict[int, list[int]] = {}
+    for sample, picture in zip(order, image[order].tolist(), strict=True):
+        all_of.setdefault(picture, []).append(sample)
+    left = {picture: list(own) for picture, own in all_of.items()}
     groups = []
-    for start in range(0, len(order), instances):
-        group = order[start : start + instances]
+    while left:
+        first = sorted(left, key=lambda picture: -len(left[picture]))[:instances]
+        group = [left[picture].pop() for picture in first]
+        left = {picture: own for picture, own in left.items() if own}
         if len(group) < instances:
-            group = np.concatenate([group, _fill(group, order, image, instances - len(group), rng)])
-        if several and len(group) > 1 and (image[group] == image[group[0]]).all():
-            # Late in the deal only the captions of one image may be left: it must not be its own only positive.
-            group[-1] = rng.choice(order[image[order] != image[group[0]]])
-        groups.append(group)
+            group += _fill(set(first), all_of, left, instances - len(group), rng)
+            left = {picture: own for picture, own in left.items() if own}
+        groups.append(np.asarray(group, np.int64))
     return groups[::-1]
 
 
-def _turns(values: Indices) -> Indices:
-    """How often the value of each element occurred before it."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    first = np.r_[True, ordered[1:] != ordered[:-1]]
-    places = np.arange(len(values))
-    turns = np.empty(len(values), np.int64)
-    turns[order] = places - np.maximum.accumulate(np.where(first, places, 0))
-    return turns
-
-
-def _fill(group: Indices, samples: Indices, image: Indices, missing: int, rng: np.random.Generator) -> Indices:
-    """Draw samples to fill a group, images not yet in it first."""
-    drawn = rng.permutation(samples)
-    drawn = drawn[~np.isin(image[drawn], image[group])]
-    drawn = drawn[_turns(image[drawn]) == 0][:missing]
-    more = rng.integers(len(samples), size=missing - len(drawn))
-    return np.concatenate([drawn, samples[more]])
+def _fill(
+    held: set[int], all_of: dict[int, list[int]], left: dict[int, list[int]], missing: int, rng: np.random.Generator
+) -> list[int]:
+    """Samples to fill a group: of images that it does not hold, then undealt ones, then any."""
+    others = [picture for picture in all_of if picture not in held]
+    drawn = [all_of[p][int(rng.integers(len(all_of[p])))] for p in rng.permutation(others)[:missing].tolist()]
+    while len(drawn) < missing and any(left.values()):
+        # One of each image in turn, so that no image comes three times where two would do.
+        for own in left.values():
+            if own and len(drawn) < missing:
+                drawn.append(own.pop())
+    every = [sample for own in all_of.values() for sample in own]
+    return drawn + [every[int(rng.integers(len(every)))] for _ in range(missing - len(drawn))]
 
 
 def random_batches(image: Indices, *, batch: int, rng: np.random.Generator) -> list[Indices]:
@@ -108,7 +115,7 @@ def random_batches(image: Indices, *, batch: int, rng: np.random.Generator) -> l
     sample, which has nothing to be told apart from, joins one that does not hold its image.
 
     Args:
-        image: image row of every sample, shape (S,).
+        image: which picture a sample shows, shape (S,).
         batch: samples in a batch.
         rng: decides the order.
     """
@@ -158,7 +165,7 @@ def mixed_batches(
     that read them compare images of a person.
 
     Args:
-        person, image: identity index and image row of every sample, shape (S,).
+        person, image: identity index and picture of every sample, shape (S,).
         captioned: whether a sample has a text, shape (S,).
         batch, batch_images: samples of each kind.
         instances: K.
@@ -178,7 +185,9 @@ def mixed_batches(
         first = random_batches(image[pairs], batch=batch, rng=rng)
     second: list[Indices] = []
     while len(second) < len(first):
-        second += identity_batches(person[alone], image[alone], batch=batch_images, instances=instances, rng=rng)
+        second += identity_batches(
+            person[alone], image[alone], batch=batch_images, instances=instances, rng=rng, what="caption-free part"
+        )
     return [np.concatenate([pairs[a], alone[b]]) for a, b in zip(first, second, strict=False)]
 
 
@@ -198,7 +207,7 @@ def alternating_batches(
     domains take turns as evenly as their shares allow. MTA-CLIP does not state its rule; 0.5 is our reading.
 
     Args:
-        person, image, domain: identity index, image row and dataset of every sample, shape (S,).
+        person, image, domain: identity index, picture and dataset of every sample, shape (S,).
         batch, instances: P * K and K.
         power: 1 is proportional to size, 0 gives every domain the same.
         rng: decides everything.
@@ -208,7 +217,9 @@ def alternating_batches(
     share /= share.sum()
 
     def deal(samples: Indices) -> list[Indices]:
-        found = identity_batches(person[samples], image[samples], batch=batch, instances=instances, rng=rng)
+        found = identity_batches(
+            person[samples], image[samples], batch=batch, instances=instances, rng=rng, what="part of one dataset"
+        )
         return [samples[rows] for rows in found]
 
     queues = [deque(deal(samples)) for samples in members]
@@ -224,28 +235,39 @@ def alternating_batches(
     return batches
 
 
-def share_of_rank(batches: Sequence[Indices], rank: int, world: int, *, instances: int = 1) -> list[Indices]:
+def share_of_rank(
+    batches: Sequence[Indices],
+    rank: int,
+    world: int,
+    *,
+    instances: int = 1,
+    captioned: npt.NDArray[np.bool_] | None = None,
+) -> list[Indices]:
     """Return one process's part of every batch: all processes get the same number of batches of the same sizes.
 
     The batches are those of the whole group (`world` times what one process holds), made by every process from the
-    same seed; the parts in order of rank are the whole batch. Groups of K samples of one person stay together. Groups
-    that do not divide (fewer than `world` in a batch) are left out of this epoch, so that no process waits for a
-    batch that never comes and no sample is counted twice.
+    same seed; the parts together are the whole batch, in order of rank. Groups of K samples of one person stay
+    together, and of a mixed batch every process gets its part of both kinds. Groups that do not divide (fewer than
+    `world` in a batch) are left out of this epoch, so that no process waits for a batch that never comes and no sample
+    is counted twice.
 
     Args:
         batches: the batches of the whole group.
         rank: 0 <= rank < world.
         world: number of processes.
         instances: K; 1 where samples are not grouped.
+        captioned: whether a sample has a text, shape (S,); needed for mixed batches.
 
     Raises:
         UsageError: `rank` is not below `world`.
     """
     if not 0 <= rank < world:
         raise UsageError(f"Process {rank} is not one of {world}.")
-    parts = []
+    shares = []
     for whole in batches:
-        each = len(whole) // instances // world * instances
-        if each:
-            parts.append(whole[rank * each : (rank + 1) * each])
-    return parts
+        kinds = [whole] if captioned is None else [whole[captioned[whole]], whole[~captioned[whole]]]
+        sizes = [len(kind) // instances // world * instances for kind in kinds]
+        if all(sizes):
+            parts = [kind[rank * size : (rank + 1) * size] for kind, size in zip(kinds, sizes, strict=True)]
+            shares.append(np.concatenate(parts))
+    return shares

@@ -77,7 +77,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     workers: int | None = Field(None, ge=0)
-    """Threads that load images ahead; 0 loads when a step asks; None: one beside a CPU, up to eight for a GPU."""
+    """Threads that load images ahead; 0 loads when a step asks. None: 0 on a CPU, one per core up to 8 for a GPU."""
     cache_mb: int = Field(512, ge=0)
     augment: AugmentConfig = AugmentConfig()
     select: Literal["val", "test"] = "val"
@@ -237,7 +237,7 @@ class Trainer:
     def _batches(self, epoch: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         rng = np.random.default_rng((self.seed, 1, epoch))
         config, samples = self.config, self.samples
-        person, image = samples.person_of_sample, samples.row_of_sample
+        person, image = samples.person_of_sample, samples.picture_of_sample
         if config.sampler == "random":
             return random_batches(image, batch=config.batch, rng=rng)
         if config.sampler == "identity":
@@ -246,7 +246,7 @@ class Trainer:
             return alternating_batches(
                 person,
                 image,
-                samples.domain_of_row[image],
+                samples.domain_of_row[samples.row_of_sample],
                 batch=config.batch,
                 instances=config.instances,
                 power=config.alternation_power,

@@ -50,15 +50,36 @@ def test_a_sample_depends_on_seed_epoch_and_place_only(blocks):
 
 
 @pytest.mark.covers(19)
-def test_a_text_that_says_left_is_never_paired_with_a_mirrored_image(blocks):
-    captions = tables.read_table(blocks / "captions.parquet", "captions")
-    captions.loc[0, "text"] = "A bag in the Left-hand side."
-    tables.write_table(blocks / "captions.parquet", "captions", captions)
+@pytest.mark.parametrize("kind", ["full", "identity", "clothing"])
+def test_a_text_that_says_left_is_never_paired_with_a_mirrored_image(blocks, kind):
+    path = blocks / ("captions.parquet" if kind == "full" else "described.parquet")
+    texts = tables.read_table(path, "captions")
+    texts.loc[texts.index[texts["kind"] == kind][0], "text"] = "A bag in the Left-hand side."
+    tables.write_table(path, "captions", texts)
     samples = training_set(blocks, augment=AugmentConfig(flip=1.0, pad=0, erase=0))
-    flipped = {n: samples[(0, n, n)].flipped for n in range(len(samples))}
-    assert flipped.pop(0) is False and all(flipped.values())
+    for epoch in range(3):
+        for n in range(len(samples)):
+            sample = samples[(epoch, n, n)]
+            batch = samples.collate([sample])
+            read = " ".join(decode(tokens, 0) for tokens in batch.texts.values())
+            assert sample.flipped == ("Left-hand" not in read)
+    assert not samples[(0, 0, 0)].flipped
     ignoring = training_set(blocks, augment=AugmentConfig(flip=1.0, pad=0, erase=0, flip_respects_sides=False))
     assert ignoring[(0, 0, 0)].flipped
+
+
+@pytest.mark.covers(16)
+def test_a_picture_that_is_in_two_datasets_is_one_picture(blocks):
+    """ICFG-PEDES and MSMT17 share files: captioned in one, caption-free in the other."""
+    without_captions(blocks, range(5, 8))
+    images = tables.read_table(blocks / "images.parquet", "images")
+    images.loc[15:17, "sha256"] = images.loc[0:2, "sha256"].to_numpy()
+    tables.write_table(blocks / "images.parquet", "images", images)
+    samples = training_set(blocks, texts=("full",), caption_free=True)
+    assert (len(samples), samples.paired) == (21, 15), "three of the nine bare images are captioned elsewhere"
+    assert len(set(samples.picture_of_sample)) == 21
+    everything = training_set(blocks, texts=())
+    assert everything.picture_of_sample[15] == everything.picture_of_sample[0]
 
 
 def test_an_erased_training_image_has_a_box_of_what_the_recipe_says(blocks):

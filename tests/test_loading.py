@@ -39,5 +39,5 @@ def test_an_error_is_raised_at_its_place_and_ends_the_threads(threads):
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
 
 
-def test_a_gpu_gets_more_threads_than_a_cpu_that_computes():
-    assert loader_threads("cpu") == 1 <= loader_threads("cuda") <= 8
+def test_a_gpu_gets_threads_and_a_cpu_that_computes_gets_none():
+    assert loader_threads("cpu") == 0 < loader_threads("cuda") <= 8

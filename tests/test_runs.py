@@ -1,5 +1,6 @@
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,14 @@ def test_the_digest_of_a_folder_knows_names_and_contents(tmp_path):
     first = digest(tmp_path / "a")
     (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
     assert digest(tmp_path / "a") != first
+
+
+def test_a_place_that_takes_no_files_is_refused_before_any_work(tmp_path):
+    Run(tmp_path / "new" / "run").check_writable()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match="is a file"):
+            Run(place).check_writable()
+    with pytest.raises(DataError, match="cannot be written"):
+        Run(Path("/proc/nope")).check_writable()

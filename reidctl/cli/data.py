@@ -35,7 +35,7 @@ def synth(
     crossing: Annotated[int | None, typer.Option(help="Identities in both datasets (with --domain both).")] = None,
     layout: Annotated[
         list[str] | None,
-        typer.Option(help="Also lay the dataset out as a public one, e.g. cuhk-pedes (repeatable): data/layouts/."),
+        typer.Option(help="Also lay the dataset out as a public one, e.g. cuhk-pedes or msmt17:v2 (repeatable)."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that render; default: one per core.", min=1)] = None,
     recipe: o.Recipe = None,

@@ -16,8 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from reidctl.datasets.base import SPLITS, Draft, Entry, Options, Probe, compare_counts, safe_join
-from reidctl.datasets.splits import carve_validation
+from reidctl.datasets.base import SPLITS, Draft, Entry, Options, Probe, compare_counts
+from reidctl.datasets.paths import inside
+from reidctl.datasets.splits import carve_validation, count_people
 from reidctl.datasets.writing import captions_of
 from reidctl.errors import DataError, UsageError
 
@@ -41,6 +42,7 @@ class Release:
         official: (people, images, captions) of every split as the release counts them, entry by entry.
         images: folders that paths may start from, the release's first.
         subfolders: folders below `images` that a whole copy has.
+        renamed: another name in circulation for the first folder of paths.
         path_key: the key that holds an image's path.
         camera: what finds the camera's number in a file name.
     """
@@ -52,6 +54,7 @@ class Release:
     official: Mapping[str, tuple[int, int, int]]
     images: tuple[str, ...] = ("imgs",)
     subfolders: tuple[str, ...] = ()
+    renamed: str = ""
     path_key: str = "file_path"
     camera: re.Pattern[str] | None = None
 
@@ -65,7 +68,12 @@ class Place:
 
 
 def find(root: Path, release: Release) -> Place | None:
-    """Return where the set is: in `root` or one of its inner folders, the file perhaps in `annotations/`; or None."""
+    """Return where the set is: in `root` or one of its inner folders, the file perhaps in `annotations/`; or None.
+
+    `root` may be the annotation file itself, which is then the one to read.
+    """
+    if (above := _folder(root, release)) != root:
+        return Place(above, root.absolute())
     for folder in (root, *(root / inner for inner in release.inner)):
         for name in release.annotations:
             for annotation in (folder / name, folder / _ASIDE / name):
@@ -73,6 +81,14 @@ def find(root: Path, release: Release) -> Place | None:
                 if os.path.exists(annotation):
                     return Place(folder, annotation)
     return None
+
+
+def _folder(root: Path, release: Release) -> Path:
+    """The folder of an annotation file that was given in place of it."""
+    if root.name not in release.annotations or not root.is_file():
+        return root
+    above = root.absolute().parent
+    return above.parent if above.name == _ASIDE else above
 
 
 def locate(root: Path, release: Release) -> Place:
@@ -84,6 +100,10 @@ def locate(root: Path, release: Release) -> Place:
     place = find(root, release)
     if place is None:
         names = " or ".join(f"`{name}`" for name in release.annotations)
+        if root.is_file():
+            raise DataError(
+                f"{root} is a file, not a folder of {release.title}.", hint=f"Give the folder with {names}."
+            )
         raise DataError(
             f"Neither {root} nor {root / release.inner[0]} holds {names}.",
             hint="Give the folder that holds it; docs/datasets.md shows the expected folder tree.",
@@ -94,6 +114,7 @@ def locate(root: Path, release: Release) -> Place:
 def probe(root: Path, release: Release) -> Probe | None:
     """Return what of the set is in `root`, by names of files and top folders only."""
     place = find(root, release)
+    root = _folder(root, release)
     if place is not None:
         aside = f" in {_ASIDE}/" if place.annotation.parent != place.folder else ""
         below = "" if place.folder == root else f", one folder below in {place.folder.relative_to(root)}/"
@@ -108,12 +129,20 @@ def probe(root: Path, release: Release) -> Probe | None:
 
 
 def _missing(folder: Path, release: Release) -> tuple[str, ...]:
+    if _is_renamed(folder, release):
+        return ()
     bases = [name for name in release.images if (folder / name).is_dir()]
     if not bases:
         return (release.images[0],)
     best = max(bases, key=lambda base: sum((folder / base / name).is_dir() for name in release.subfolders))
     names = [PurePosixPath(best, name).as_posix() for name in release.subfolders]
     return tuple(name for name in names if not (folder / name).is_dir())
+
+
+def _is_renamed(folder: Path, release: Release) -> bool:
+    """Whether the folder that paths begin with is there under its other name alone."""
+    own = (folder / base / name for base in release.images for name in release.subfolders)
+    return bool(release.renamed) and (folder / release.renamed).is_dir() and not any(path.is_dir() for path in own)
 
 
 def load(path: Path) -> list[Any]:
@@ -134,6 +163,9 @@ def load(path: Path) -> list[Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).", hint=hint) from None
     except (ValueError, RecursionError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            # Python's own sentence speaks of a setting of the interpreter.
+            raise DataError(f"{path} holds a number of thousands of digits.", hint=hint) from None
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:200]
         raise DataError(f"{path} is not valid JSON ({reason}).", hint=hint) from None
     if not isinstance(items, list):
@@ -171,7 +203,7 @@ def read(place: Place, release: Release, options: Options, items: list[Any], *, 
         split: the split of every entry, where the file names none.
 
     Raises:
-        DataError: an entry that is not as documented (unless `options.lenient`).
+        DataError: an entry that is not as documented, or no folder of images at all (unless `options.lenient`).
         UsageError: `carve_val` asks for more people than train has.
     """
     found = _Reading()
@@ -188,12 +220,31 @@ def read(place: Place, release: Release, options: Options, items: list[Any], *, 
             found.problems.append(error.message)
         else:
             found.listed.append(entry)
+    if found.rows and not options.lenient:
+        _check_images(place.folder, release)
     # Counted entry by entry, as the releases count: ICFG-PEDES lists one image twice.
     notes = compare_counts(found.listed, release.official, release.title)
-    rows = list(found.rows.values())
+    rows = _found_below(place.folder, release, list(found.rows.values()))
     draft = Draft(release.name, rows, place.annotation, [*notes, *_notes(found)], problems=found.problems)
     carve(draft, options)
     return draft
+
+
+def _check_images(folder: Path, release: Release) -> None:
+    """Refuse a copy without images in one sentence: each of them would be missing."""
+    own = [folder / (release.subfolders[0] if name == "." else name) for name in release.images]
+    if not any(map(os.path.isdir, own)):
+        names = " or ".join(f"`{path.name}/`" for path in own)
+        hint = "Is the copy complete? `reidctl data check` names what it lacks."
+        raise DataError(f"{folder} holds no folder {names}, where the images of {release.title} lie.", hint=hint)
+
+
+def _found_below(folder: Path, release: Release, rows: list[Entry]) -> list[Entry]:
+    """The entries, with their files below the other name of their first folder if that is what the copy has."""
+    if not _is_renamed(folder, release):
+        return rows
+    base, old = folder.absolute() / release.renamed, f"{release.subfolders[0]}/"
+    return [replace(row, path=base / row.key.removeprefix(old)) if row.key.startswith(old) else row for row in rows]
 
 
 def _notes(found: _Reading) -> list[str]:
@@ -220,7 +271,7 @@ def carve(draft: Draft, options: Options) -> None:
     carved = carve_validation(draft.entries, options.carve_val, options.seed)
     # Roles are of image-to-image search; here every image is in the gallery and every caption is a query.
     draft.entries = [replace(entry, role=None) if entry.role else entry for entry in carved]
-    draft.notes.append(f"{options.carve_val} people moved from train to val (seed {options.seed}).")
+    draft.notes.append(f"{count_people(options.carve_val)} moved from train to val (seed {options.seed}).")
 
 
 def _image_folder(folder: Path, release: Release, items: list[Any]) -> Path:
@@ -245,7 +296,7 @@ def _entry(item: Any, where: str, images: Path, release: Release, split: str | N
     name = item[release.path_key]
     if not isinstance(name, str):
         raise DataError(f"{where}: {release.path_key} {name!r} is not a text.")
-    path = safe_join(images, _clean(name, where, release.path_key), where)
+    path = inside(images, _clean(name, where, release.path_key), where)
     key = path.as_posix()[len(images.as_posix()) + 1 :]
     texts = _sentences(item["captions"], where)
     empty += [key for text in texts if not text]

@@ -29,7 +29,7 @@ CHECKS: dict[str, str] = {
     "repeated-ids": "one image listed several times",
     "split-counts": "people, images or captions of a split unlike the official release",
     "missing-images": "image files that do not exist",
-    "unreadable-images": "files that are not images or may not be read",
+    "unreadable-images": "files that are not images, no regular files, or may not be read",
     "truncated-images": "images that do not decode to their last row",
     "huge-images": "images with more pixels or bytes than a picture of a person can have",
     "changed-images": "files that are not the ones that were imported",
@@ -41,6 +41,7 @@ CHECKS: dict[str, str] = {
     "people-in-two-splits": "people that training and test, or two other splits, share",
     "single-image-people": "people with one image",
     "single-camera-people": "people with several images under one camera",
+    "no-queries": "splits with a gallery that neither a query image nor a caption searches",
     "queries-without-match": "image queries that nothing in their gallery answers",
     "orphan-captions": "captions of images that are not in the table",
     "uncaptioned-images": "images without a caption in a split that has captions",
@@ -170,20 +171,28 @@ def check_layout(format: str, probe: Probe | None, draft: Draft | None) -> list[
         total = len(draft.entries) + len(draft.problems)
         text = f"{are(len(draft.problems), 'entry', 'entries')} not as {format} documents and would stop an import."
         findings.append(finding("bad-entries", "error", len(draft.problems), total, "entries", text, draft.problems))
-    return findings + check_notes(notes)
+    kept = sum(kind == "full" for entry in draft.entries for kind, _, _ in entry.texts) if draft else 0
+    return findings + check_notes(notes, kept)
 
 
-def check_notes(notes: Sequence[str]) -> list[Finding]:
-    """Sort what a reader said into findings: counts unlike the release, empty captions that it left out, the rest."""
+def check_notes(notes: Sequence[str], captions: int = 0) -> list[Finding]:
+    """Sort what a reader said into findings: counts unlike the release, empty captions that it left out, the rest.
+
+    Args:
+        notes: the reader's sentences.
+        captions: how many whole captions it kept.
+    """
     findings = []
     differ = [note for note in notes if note.endswith(_UNOFFICIAL)]
     if differ:
-        text = f"{are(len(differ), 'split')} unlike the official release; published numbers do not compare."
-        findings.append(finding("split-counts", "warning", len(differ), len(differ), "splits", text, differ))
+        # People, images and captions of a split are one sentence, its roles another.
+        splits = len({note.split(": found")[0] for note in differ})
+        text = f"{are(splits, 'split')} unlike the official release; published numbers do not compare."
+        findings.append(finding("split-counts", "warning", splits, splits, "splits", text, differ))
     for note in notes:
         if match := _EMPTY_NOTE.match(note):
             count = int(match[1].replace(",", ""))
-            findings.append(finding("empty-captions", "warning", count, count, "captions", note))
+            findings.append(finding("empty-captions", "warning", count, captions + count, "captions", note))
     rest = [note for note in notes if note not in differ and not _EMPTY_NOTE.match(note)]
     if rest:
         text = f"The reader left {len(rest)} note{'s' if len(rest) > 1 else ''}."

@@ -25,6 +25,7 @@ class Descriptions:
         repeated: rows that say what an earlier row said.
         empty: images without any text.
         models: who wrote them, if the file says so.
+        notes: what else there is to say about the file.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class Descriptions:
     repeated: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     models: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_descriptions(path: Path) -> Descriptions:
@@ -46,10 +48,11 @@ def read_descriptions(path: Path) -> Descriptions:
     found = Descriptions(path)
     table = open_table(path, Complaints(), rename=_rename)
     for number, row in table.rows:
-        if number == 1:
+        if not found.texts:
             _check_columns(path, table.columns)
         _add(found, row, table.where(number))
     _check_columns(path, table.columns)
+    found.notes = [f"{path.name}: {note}" for note in table.notes()]
     found.empty = [image for image, texts in found.texts.items() if not any(texts)]
     return found
 
@@ -78,7 +81,7 @@ def attach(draft: Draft, path: Path) -> Draft:
             raise DataError(f"{path}: the rows of image {key} disagree.", hint="Keep one row per image.")
     if not by_key and found.texts and draft.entries:
         raise DataError(
-            f"{path}: none of its {len(found.texts):,} images is in {draft.dataset} (first: {extra[0]}).",
+            f"{path}: none of its {_images(len(found.texts))} is in {draft.dataset} (first: {extra[0]}).",
             hint=f"Images of this dataset are called, for example, {draft.entries[0].key}.",
         )
     entries = [_with_texts(entry, by_key.get(entry.key, ("", "")), path) for entry in draft.entries]
@@ -163,4 +166,9 @@ def _notes(found: Descriptions, by_key: dict[str, tuple[str, str]], lacking: lis
         *((one_only[kind], f"image(s) lack the {kind} text") for kind in KINDS),
     ]
     counted = [f"{found.path.name}: {len(case):,} {what}, the first: {case[0]}." for case, what in cases if case]
-    return [f"{found.path.name}: texts of {told:,} image(s){by}, taken as written from the image alone.", *counted]
+    first = f"{found.path.name}: texts of {_images(told)}{by}, taken as written from the image alone."
+    return [first, *counted, *found.notes]
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"

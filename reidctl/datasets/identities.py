@@ -8,7 +8,7 @@ two releases have in common, from image files that are equal byte by byte, and f
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from reidctl.errors import DataError
 DISTRACTORS = frozenset({"market-1501:0000", "dukemtmc-reid:0000"})
 _MARKET_IN_CUHK = re.compile(r"cuhk-pedes:Market/(\d{4})[^/]*$")
 _MSMT_NAME = re.compile(r"(?:.*[:/])?(\d{4}_\d{3}_\d{2}_\w+?_\d+_\d+(?:_\w+)?)\.\w+$")
+_MSMT_SETS = ("msmt17:", "icfg-pedes:", "rstpreid:")
 _MAX_USER_FILE = 256 << 20
 
 
@@ -67,7 +68,7 @@ def _people_of(images: pd.DataFrame, dataset: str) -> list[str]:
 
 def _msmt_names(images: pd.DataFrame) -> Iterator[Link]:
     """Datasets drawn from MSMT17 whose files kept the long name person_number_camera_time_frame_box."""
-    drawn = images[images["dataset"].isin(("msmt17", "icfg-pedes", "rstpreid"))]
+    drawn = images[images["image_id"].str.startswith(_MSMT_SETS)]
     stems = drawn["image_id"].str.extract(_MSMT_NAME, expand=False)
     frame = drawn.assign(stem=stems).dropna(subset="stem")
     yield from _links_by(frame, "stem", "file-name")
@@ -95,24 +96,34 @@ def _link(one: str, other: str, rule: str) -> Link:
     return Link(min(one, other), max(one, other), rule)
 
 
-def read_links(path: Path, images: pd.DataFrame) -> list[Link]:
+def read_links(path: Path, known: Collection[str]) -> list[Link]:
     """Return the links of a user's file: everybody with the same `identity` is one person.
 
     Either CSV with the columns `dataset, person, identity`, or a JSON object `{"<dataset>:<person>": "<identity>"}`.
 
+    Args:
+        path: the file.
+        known: the ids of all people there are.
+
     Raises:
-        DataError: the file is neither, or names a person whom no dataset has.
+        DataError: the file is neither, names somebody whom no dataset has or a distractor, or gives a person twice.
     """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file.", hint="Give a CSV or JSON file that says who is who.")
     pairs = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
-    known = set(images["person_id"])
-    unknown = [person for person, _ in pairs if person not in known]
-    if unknown:
-        raise DataError(
-            f"{path} names {len(unknown)} people whom no dataset has, the first: {unknown[0]!r}.",
-            hint="People are named <dataset>:<raw id>, as in the images table.",
-        )
+    people = set(known)
     members: dict[str, list[str]] = {}
+    identity_of: dict[str, str] = {}
     for person, identity in pairs:
+        if person not in people:
+            raise DataError(
+                f"{path} names {person!r}, whom no dataset has.",
+                hint="People are named <dataset>:<raw id>, as in the images table.",
+            )
+        if person in DISTRACTORS:
+            raise DataError(f"{path} names {person}, the common id of all distractors, who is nobody in particular.")
+        if identity_of.setdefault(person, identity) != identity:
+            raise DataError(f"{path} gives {person} two identities, {identity_of[person]!r} and {identity!r}.")
         members.setdefault(identity, []).append(person)
     return [_link(names[0], other, "user") for names in members.values() for other in names[1:] if other != names[0]]
 
@@ -129,12 +140,17 @@ def _read_json(path: Path) -> list[tuple[str, str]]:
 
 def _read_csv(path: Path) -> list[tuple[str, str]]:
     try:
-        rows = list(csv.DictReader(_text(path).splitlines()))
+        lines = _text(path).splitlines()
+        separator = max(",;\t", key=(lines[0] if lines else "").count)
+        table = csv.DictReader(lines, delimiter=separator)
+        columns = [name.strip() for name in table.fieldnames or ()]
+        table.fieldnames = columns
+        rows = list(table)
     except csv.Error as error:
         raise DataError(f"{path} is not a regular table ({error}).") from None
-    columns = set(rows[0]) if rows else set()
-    if not {"dataset", "person", "identity"} <= columns:
-        raise DataError(f"{path} lacks one of the columns dataset, person, identity.")
+    if not {"dataset", "person", "identity"} <= set(columns):
+        has = ", ".join(columns)[:200] or "none"
+        raise DataError(f"{path} lacks one of the columns dataset, person, identity (it has: {has}).")
     pairs = []
     for number, row in enumerate(rows, start=1):
         values = [(row[name] or "").strip() for name in ("dataset", "person", "identity")]
@@ -158,13 +174,62 @@ def _text(path: Path) -> str:
     return text
 
 
-def unify(images: pd.DataFrame, links: Sequence[Link]) -> pd.DataFrame:
+def restore(images: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """Return images of an earlier combination with the person ids from before it, which the file-name rules read.
+
+    Where several ids of one dataset had become one person, the first of them stands for all.
+
+    Args:
+        images: the `images` table of a combination.
+        known: its `identities` table.
+    """
+    first = known.astype(str).drop_duplicates(["dataset", "person_id"]).set_index(["dataset", "person_id"])
+    names = first["original_id"].to_dict()
+    keys = zip(images["dataset"].astype(str), images["person_id"].astype(str), strict=True)
+    return images.assign(person_id=[names.get(key, key[1]) for key in keys])
+
+
+def inherited(known: pd.DataFrame) -> list[Link]:
+    """Return the links that the `identities` table of an earlier combination holds."""
+    links = []
+    for _, rows in known[known["rule"] != "own"].groupby("person_id", sort=False):
+        first, *others = zip(rows["original_id"].astype(str), rows["rule"].astype(str), strict=True)
+        links += [_link(first[0], other, rule) for other, rule in others]
+    return links
+
+
+def known_as(images: pd.DataFrame) -> pd.DataFrame:
+    """Return further names of people, by which other releases know them: columns person_id and name.
+
+    A person of CUHK-PEDES' folder `Market/` is `market-1501:<number>`; a picture from MSMT17 is known by its long name.
+    With these, `evaluate` recognises people in a dataset that was never combined with the training set.
+    """
+    people = images.loc[~images["person_id"].isin(DISTRACTORS), ["image_id", "person_id"]].astype(str)
+    market = people["image_id"].str.extract(_MARKET_IN_CUHK, expand=False)
+    stems = people["image_id"].where(people["image_id"].str.startswith(_MSMT_SETS))
+    stems = stems.str.extract(_MSMT_NAME, expand=False)
+    found = [
+        pd.DataFrame({"person_id": people["person_id"], "name": prefix + values})
+        for prefix, values in (("market-1501:", market), ("msmt17-file:", stems))
+    ]
+    return pd.concat(found, ignore_index=True).dropna(subset="name").drop_duplicates(ignore_index=True)
+
+
+def unify(images: pd.DataFrame, links: Sequence[Link], others: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the `identities` table: every person's common id, and the rule that gave it.
 
     Linked people form a connected component; its id is that of the member whose dataset comes first in `images`, so
     the order of the datasets decides names and nothing else. Rule `own` marks people without a link.
+
+    Args:
+        images: rows of all datasets.
+        links: who is who.
+        others: further people without images here, columns person_id and dataset; their names are kept.
     """
-    people = images.drop_duplicates("person_id")[["person_id", "dataset"]].reset_index(drop=True)
+    people = images[["person_id", "dataset"]].astype(str)
+    if others is not None:
+        people = pd.concat([people, others[["person_id", "dataset"]].astype(str)])
+    people = people.drop_duplicates("person_id").reset_index(drop=True)
     place = {name: number for number, name in enumerate(people["person_id"])}
     edges = np.asarray([(place[link.first], place[link.second]) for link in links], np.int64).reshape(-1, 2)
     graph = coo_matrix((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(len(people), len(people)))

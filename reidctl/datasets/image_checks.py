@@ -106,6 +106,20 @@ def check_people(images: pd.DataFrame) -> list[Finding]:
     return findings + _unanswered(images)
 
 
+def check_queries(images: pd.DataFrame, captions: pd.DataFrame) -> list[Finding]:
+    """Splits with a gallery that nothing searches: no query image, and no caption that could be the query."""
+    captioned = images["image_id"].isin(captions.loc[captions["kind"] == "full", "image_id"])
+    places = images.assign(asks=captioned | (images["role"] == "query"), answers=images["role"] == "gallery")
+    any_of = places.groupby(["dataset", "split"])[["asks", "answers"]].any()
+    shown = any_of[any_of["answers"]]
+    mute = shown[~shown["asks"]]
+    if not len(mute):
+        return []
+    text = f"{are(len(mute), 'split')} a gallery without a query, so nothing can be measured there."
+    names = (f"{dataset} {split}" for dataset, split in mute.index)
+    return [finding("no-queries", "warning", len(mute), len(shown), "splits", text, names)]
+
+
 def _unanswered(images: pd.DataFrame) -> list[Finding]:
     queries, gallery = (images[images["role"] == role] for role in ("query", "gallery"))
     if not len(queries):

@@ -4,7 +4,7 @@
 dataset came from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,20 +99,19 @@ def _below(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     return frame[wrong].assign(**found)
 
 
-def guard(images: pd.DataFrame, check: LeakCheck, *, splits: Sequence[str] = PRECEDENCE) -> list[str]:
+def guard(images: pd.DataFrame, check: LeakCheck) -> list[str]:
     """Refuse or report a dataset whose training would see what measures it; return the sentences of a warning.
 
     Args:
         images: the `images` table.
         check: `error` raises, `warn` logs, `off` does not look.
-        splits: the splits that are used.
 
     Raises:
-        DataError: with `error`, a person or a file is in two of the splits.
+        DataError: with `error`, a person or a file is in two splits.
     """
     if check == "off":
         return []
-    leaks = find_leaks(images[images["split"].isin(splits)])
+    leaks = find_leaks(images)
     if not leaks:
         return []
     people, files = (sum(leak.kind == kind for leak in leaks) for kind in ("person", "image"))
@@ -121,14 +120,15 @@ def guard(images: pd.DataFrame, check: LeakCheck, *, splits: Sequence[str] = PRE
     if check == "error":
         raise DataError(
             sentence,
-            hint="`reidctl data combine` takes them out of training; `data.leak_check: warn` goes on regardless.",
+            hint="`reidctl data combine` (without --no-purge) takes them out of training; `data.leak_check: warn` goes "
+            "on regardless.",
         )
     log.warning(f"LEAK: {sentence} The result is not a test of anything unseen.")
     return [f"Leak: {sentence}"]
 
 
-def seen_table(images: pd.DataFrame, digests: Sequence[str]) -> pd.DataFrame:
+def seen_table(images: pd.DataFrame, digests: Iterable[str]) -> pd.DataFrame:
     """Return the `seen` table of a training set: digests of its people (given) and of its image files."""
-    files = sorted(set(images["sha256"]) - {""})
-    frame = pd.DataFrame({"kind": ["person"] * len(digests) + ["image"] * len(files), "digest": [*digests, *files]})
+    people, files = sorted(set(digests)), sorted(set(images["sha256"]) - {""})
+    frame = pd.DataFrame({"kind": ["person"] * len(people) + ["image"] * len(files), "digest": [*people, *files]})
     return frame if len(frame) else tables.empty("seen")

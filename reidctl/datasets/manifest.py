@@ -8,6 +8,7 @@ mark, a row longer than the header, a line or a field without end.
 import csv
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,15 @@ MAX_LINE = 1 << 20
 MAX_FIELD = 131_072
 MAX_PROBLEMS = 1000
 _BATCH = 4096
+# What Excel reads in the first line as the name of the separator; saved again, the row may be padded.
+_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?\1*\s*', re.IGNORECASE)
+# First bytes of what is renamed to .csv now and then.
+_OTHERS = {
+    b"PK\x03\x04": ("is an Excel workbook (or another zip file), not a table", "Save it as CSV UTF-8."),
+    b"\xd0\xcf\x11\xe0": ("is an old Excel workbook, not a table", "Save it as CSV UTF-8."),
+    b"\x1f\x8b": ("is compressed", "Unpack it first."),
+    b"PAR1": ("is Parquet under another name", "Name it .parquet."),
+}
 
 Row = dict[str, Any]
 Rename = Callable[[Sequence[str]], list[str]]
@@ -54,7 +64,8 @@ class Complaints:
 
     def sentences(self) -> list[str]:
         """All sentences; the last says how many more there were."""
-        return [*self.problems, *([f"{self.further:,} further rows are not as documented."] if self.further else [])]
+        what = "row is" if self.further == 1 else "rows are"
+        return [*self.problems, *([f"{self.further:,} further {what} not as documented."] if self.further else [])]
 
 
 @dataclass
@@ -64,15 +75,21 @@ class Table:
     Attributes:
         columns: names after renaming; of JSON Lines they are known only when all rows have been read.
         rows: (number of the data row, value by column); values are texts, or what JSON and Parquet hold.
+        blank: rows of empty cells passed over so far, as a spreadsheet writes them below its last row.
     """
 
     path: Path
     columns: list[str]
     rows: Iterator[tuple[int, Row]]
+    blank: int = 0
 
     def where(self, number: int) -> str:
         """Return how an error names a row."""
         return f"{self.path}, data row {number}"
+
+    def notes(self) -> list[str]:
+        """What the user should know when all rows have been read."""
+        return [f"{self.blank:,} row(s) of empty cells passed over."] if self.blank else []
 
 
 def open_table(path: Path, complain: Complaints, *, rename: Rename = list, needed: Sequence[str] = ()) -> Table:
@@ -97,10 +114,20 @@ def open_table(path: Path, complain: Complaints, *, rename: Rename = list, neede
         )
     if suffix == ".json":
         raise DataError(f"{path} is JSON, not a table.", hint="Write one object per line and name it .jsonl.")
+    if suffix not in PARQUET:
+        _refuse_others(path)
     checked = _checker(path, rename, needed)
     if suffix in PARQUET:
         return _parquet(path, complain, checked)
     return (_json_lines if suffix in JSON_LINES else _delimited)(path, complain, checked)
+
+
+def _refuse_others(path: Path) -> None:
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    for mark, (what, hint) in _OTHERS.items():
+        if start.startswith(mark):
+            raise DataError(f"{path} {what}.", hint=hint)
 
 
 def columns_of(path: Path) -> list[str]:
@@ -214,7 +241,8 @@ def _lines(path: Path, complain: Complaints) -> Iterator[str]:
             start, offset = offset, offset + len(raw)
             if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
                 what = f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB."
-                complain(DataError(what, hint="Is it a text table?"))
+                mac = number == 1 and b"\r" in raw[:-1]
+                complain(_mac(path) if mac else DataError(what, hint="Is it a text table?"))
                 offset += _skip_line(stream)
                 continue
             try:
@@ -246,21 +274,34 @@ def _decode(raw: bytes, path: Path, number: int, start: int) -> str:
 
 def _delimited(path: Path, complain: Complaints, rename: Rename) -> Table:
     lines = _lines(path, complain)
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
+    filled = (line for line in lines if line.strip(" ,;\t\r\n"))
+    first = next(filled, "")
+    named = _SEPARATOR.fullmatch(first)
+    first = next(filled, "") if named else first
+    if not first:
         raise DataError(f"{path} is empty.")
-    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+    likely = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+    separator = named[1] if named else likely
     # Strict: text after a closing quotation mark is a mistake and not part of the field.
     reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
     try:
         columns = rename(next(reader))
     except csv.Error as error:
+        if "new-line" in str(error):
+            raise _mac(path) from None
         raise DataError(f"{path}: the header is not a regular row ({_reason(error)}).") from None
-    return Table(path, columns, _csv_rows(path, reader, columns, complain))
+    table = Table(path, columns, iter(()))
+    table.rows = _csv_rows(table, reader, complain)
+    return table
 
 
-def _csv_rows(path: Path, reader: Any, columns: list[str], complain: Complaints) -> Iterator[tuple[int, Row]]:
-    number = 0
+def _mac(path: Path) -> DataError:
+    what = "has the line ends of old Macs (a carriage return alone)"
+    return DataError(f"{path} {what}.", hint="Save it as CSV UTF-8, with line ends of Unix or Windows.")
+
+
+def _csv_rows(table: Table, reader: Any, complain: Complaints) -> Iterator[tuple[int, Row]]:
+    columns, number = table.columns, 0
     while True:
         number += 1
         try:
@@ -268,17 +309,19 @@ def _csv_rows(path: Path, reader: Any, columns: list[str], complain: Complaints)
         except StopIteration:
             return
         except csv.Error as error:
-            complain(DataError(f"{path}, data row {number}: {_reason(error)}."))
+            complain(DataError(f"{table.where(number)}: {_reason(error)}."))
             continue
-        if len(cells) > len(columns):
+        if not cells:
+            number -= 1  # a blank line is no row
+        elif not any(map(str.strip, cells)):
+            table.blank += 1
+        elif len(cells) > len(columns):
             what = f"{len(cells)} cells, but the header has {len(columns)}"
             hint = "Put texts that hold the separator in quotation marks."
-            complain(DataError(f"{path}, data row {number}: {what}.", hint=hint))
-        elif cells:
+            complain(DataError(f"{table.where(number)}: {what}.", hint=hint))
+        else:
             # Trailing cells that a spreadsheet left out are empty.
             yield number, dict(zip(columns, cells, strict=False))
-        else:
-            number -= 1  # a blank line is no row
 
 
 def _reason(error: csv.Error) -> str:
@@ -287,6 +330,8 @@ def _reason(error: csv.Error) -> str:
         return f"a field is longer than {csv.field_size_limit():,} characters; is a quotation mark left open?"[:-1]
     if "unexpected end" in text:
         return "a quotation mark is not closed before the end of the file"
+    if "new-line" in text:
+        return "a carriage return stands alone outside quotation marks"
     return f"not a regular row ({text})"
 
 
@@ -317,8 +362,10 @@ def _json_lines(path: Path, complain: Complaints, rename: Rename) -> Table:
 def _object(line: str, where: str) -> Row:
     try:
         item = json.loads(line)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         raise DataError(f"{where} is not valid JSON.") from None
+    except ValueError:
+        raise DataError(f"{where} holds a number of thousands of digits.", hint="Write it as a text.") from None
     if not isinstance(item, dict):
         raise DataError(f"{where} must be an object, not {type(item).__name__}.")
     return item

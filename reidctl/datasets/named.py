@@ -10,11 +10,13 @@ from typing import Any
 
 import pandas as pd
 
+from reidctl.console import log
 from reidctl.datasets.base import IMAGE_SUFFIXES, Draft, Entry, Options, compare_counts, readable_name
 from reidctl.datasets.splits import carve_validation
 from reidctl.datasets.writing import rows
 from reidctl.errors import DataError, UsageError
 
+MAY_READ = "Give yourself the right to read it: chmod -R u+rX."
 TREE = "docs/datasets.md shows the expected folder tree."
 # A list of a million bad lines must not become a million sentences.
 MAX_PROBLEMS = 1000
@@ -50,13 +52,29 @@ class Reading:
         more = [f"{self.more:,} further problem(s) of the same kinds."] if self.more else []
         return Draft(name, self.entries, annotation, self.notes, problems=[*self.problems, *more])
 
-    def compare(self, title: str, official: Official, cameras: int) -> None:
-        """Note where people, images and cameras differ from the release's."""
+    def compare(self, title: str, official: Official, cameras: int, roles: Mapping[str, int] | None = None) -> None:
+        """Note where people, images, queries, gallery (`roles`) and cameras differ from the release's."""
         self.notes += compare_counts(self.entries, official, title)
+        found = Counter(entry.role for entry in self.entries if entry.split == "test")
+        if roles and any(found[role] != count for role, count in roles.items()):
+            counts = " and ".join(f"{found[role]:,} {role}" for role in roles)
+            wanted = " and ".join(f"{count:,}" for count in roles.values())
+            note = f"{title} test: found {counts} images; the release has {wanted}. Published numbers do not compare."
+            log.warning(note)
+            self.notes.append(note)
         known = {f"c{number}" for number in range(1, cameras + 1)}
         strange = sorted({entry.camera for entry in self.entries if entry.camera} - known)
         if strange:
             self.notes.append(f"{title} has {cameras} cameras; here there are also {', '.join(strange[:9])}.")
+
+    def need_queries(self, folder: Path) -> None:
+        """Check that there is something to look for.
+
+        Raises:
+            DataError: there are no query images, and the reading is not lenient.
+        """
+        if not any(entry.role == "query" for entry in self.entries):
+            self.reject(f"No query images in {folder}, so nothing can be measured on this copy.", TREE)
 
     def carve(self, options: Options) -> None:
         """Move people from train to val, as no public split does.
@@ -84,16 +102,40 @@ def located(root: Path, names: Sequence[str], markers: Sequence[str], title: str
     Raises:
         DataError: there is none.
     """
-    found = locate(root, names, lambda folder: any((folder / marker).is_dir() for marker in markers))
+    found = locate(root, names, lambda folder: has_folder(folder, markers))
     if found is None:
+        check_listable(root, names)
         wanted, places = " or ".join(f"`{marker}`" for marker in markers), ", ".join(names)
         raise DataError(f"No {title} in {root}: neither it nor {places} in it holds a folder {wanted}.", hint=TREE)
     return found
 
 
+def has_folder(folder: Path, names: Iterable[str]) -> bool:
+    """Return whether a folder holds one of these sub-folders; no, too, where it may not be looked into."""
+    # `Path.is_dir` raises there.
+    return any(os.path.isdir(folder / name) for name in names)
+
+
+def check_listable(root: Path, inner: Iterable[str] = ()) -> None:
+    """Look whether a folder, and those of `inner` that it holds, may be read; if not, that is why nothing was found.
+
+    Raises:
+        DataError: one may not.
+    """
+    for folder in (root, *(root / name for name in inner)):
+        try:
+            with os.scandir(folder):
+                pass
+        except PermissionError as error:
+            raise DataError(f"{folder} cannot be listed ({error.strerror}).", hint=MAY_READ) from None
+        except OSError:
+            # Absent, or no folder: whoever reads it says so.
+            continue
+
+
 def missing_in(folder: Path, expected: Iterable[str]) -> tuple[str, ...]:
     """Return which of the expected files and sub-folders are not there."""
-    return tuple(name for name in expected if not (folder / name).exists())
+    return tuple(name for name in expected if not os.path.exists(folder / name))
 
 
 def some_image(folder: Path, tries: int = 50) -> str:
@@ -123,7 +165,7 @@ def images_in(folder: Path, home: Path, reading: Reading) -> list[Path]:
         if not _is_image(item.name) or item.is_dir(follow_symlinks=False):
             continue
         path = folder / item.name
-        if item.is_symlink() and not path.exists():
+        if item.is_symlink() and not os.path.exists(path):
             reading.reject(f"{path} is a link that leads nowhere or to itself.", "Remove it.")
         elif _is_readable(path, reading):
             found.append(path)
@@ -147,11 +189,11 @@ def is_usable(folder: Path, home: Path, reading: Reading) -> bool:
     Raises:
         DataError: it is not, and the reading is not lenient.
     """
-    if folder.is_symlink() and not folder.exists():
+    if os.path.islink(folder) and not os.path.exists(folder):
         reading.reject(f"{folder} is a link that leads nowhere or to itself.", "Remove it.")
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):
         reading.reject(f"{folder} is missing.", TREE)
-    elif folder.is_symlink() and _holds(folder, home):
+    elif os.path.islink(folder) and _holds(folder, home):
         reading.reject(f"{folder} is a link back to {home}.", "Remove it.")
     else:
         return True
@@ -165,7 +207,7 @@ def _listing(folder: Path, home: Path, reading: Reading) -> list[os.DirEntry[str
         with os.scandir(folder) as found:
             return sorted((item for item in found if not item.name.startswith(".")), key=lambda item: item.name)
     except OSError as error:
-        reading.reject(f"{folder} cannot be listed ({error.strerror}).")
+        reading.reject(f"{folder} cannot be listed ({error.strerror}).", MAY_READ)
         return []
 
 

@@ -43,15 +43,31 @@ def reader(name: str) -> Read:
 
 
 def writer(name: str) -> Write:
-    """Return the function `write(images, captions, source, out) -> root` of a format.
+    """Return the function `write(images, captions, source, out) -> root` of a format, or of `FORMAT:VARIANT`.
 
     It lays the rows of ONE dataset (tables `images` and `captions`; image paths relative to `source`) out below the
-    folder `out` and returns what `read` takes: a folder, or a file for tables.
+    folder `out` and returns what `read` takes: a folder, or a file for tables. A format's `VARIANTS` are other files
+    or folders in which it circulates.
 
     Raises:
-        UsageError: there is no such format.
+        UsageError: there is no such format or variant.
     """
-    return cast(Write, _module(name).write)
+    format, colon, variant = name.partition(":")
+    module = _module(format)
+    variants: dict[str, Write] = getattr(module, "VARIANTS", {})
+    if not colon:
+        return cast(Write, module.write)
+    if variant not in variants:
+        raise UsageError(
+            f"The format {format} has no layout `{variant}`.", hint=f"It has: {', '.join(variants) or 'none'}."
+        )
+    return variants[variant]
+
+
+def layout_names() -> list[str]:
+    """Every layout that can be written: the formats and their variants. Loads all formats."""
+    names = format_names()
+    return sorted([*names, *(f"{n}:{variant}" for n in names for variant in getattr(_module(n), "VARIANTS", {}))])
 
 
 def probe(name: str, root: Path) -> "Probe | None":

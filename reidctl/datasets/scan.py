@@ -62,8 +62,8 @@ class Problem:
     """Why a file is no picture that training could use.
 
     Attributes:
-        kind: missing (or no regular file); unreadable (no permission, or not an image); truncated (begins as an image,
-            does not decode to its last row); huge (more pixels or bytes than a picture of a person can have).
+        kind: missing; unreadable (no permission, no regular file, or not an image); truncated (begins as an image, does
+            not decode to its last row); huge (more pixels or bytes than a picture of a person can have).
         message: one sentence that names the file.
     """
 
@@ -207,7 +207,7 @@ def inspect_image(path: Path, *, pixels: bool = False, near: bool = False) -> Fo
         facts = path.stat()
         # A pipe or a device would block or never end.
         if not stat.S_ISREG(facts.st_mode):
-            return Problem("missing", f"Image {path} is not a regular file.")
+            return Problem("unreadable", f"Image {path} is not a regular file.")
         if facts.st_size > MAX_BYTES:
             return Problem("huge", f"Image {path} is larger than {MAX_BYTES >> 20} MiB.")
         content = path.read_bytes()

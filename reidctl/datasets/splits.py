@@ -1,5 +1,6 @@
 """Splits by identity: a person is in one split, whatever the number of images."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +16,14 @@ def split_people(people: Sequence[str], fractions: tuple[float, float, float], s
     there are enough, test first.
 
     Raises:
-        UsageError: shares that are negative or do not add up to 1.
+        UsageError: shares that are no finite numbers, negative or do not add up to 1.
     """
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UsageError(f"Split fractions {fractions} must be at least 0 and add up to 1.")
+    # NaN compares as false with everything, so it has to be asked for.
+    if not all(map(math.isfinite, fractions)) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        shares = ",".join(f"{share:g}" for share in fractions)
+        raise UsageError(
+            f"Split fractions {shares} must be at least 0 and add up to 1.", hint="For example 0.7,0.1,0.2."
+        )
     order = sorted(set(people))
     random.Random(seed).shuffle(order)
     total = len(order)
@@ -39,7 +44,12 @@ def carve_validation(entries: Sequence[Entry], count: int, seed: int) -> list[En
     """
     people = sorted({entry.person for entry in entries if entry.split == "train"})
     if not 0 <= count < max(len(people), 1):
-        raise UsageError(f"Cannot carve {count} people out of {len(people)} training people.")
+        raise UsageError(
+            f"Cannot carve {count_people(count)} out of {len(people):,} training {_noun(len(people))}.",
+            hint="Give at least 0."
+            if count < 0
+            else f"Give at most {max(len(people) - 1, 0):,}, so that somebody is left to train on.",
+        )
     chosen = set(random.Random(seed).sample(people, count))
     moved = [entry for entry in entries if entry.person in chosen and entry.split == "train"]
     queries = _queries_by_camera(moved)
@@ -49,6 +59,15 @@ def carve_validation(entries: Sequence[Entry], count: int, seed: int) -> list[En
         else e
         for e in entries
     ]
+
+
+def count_people(count: int) -> str:
+    """Return "1 person" or "1,200 people"."""
+    return f"{count:,} {_noun(count)}"
+
+
+def _noun(count: int) -> str:
+    return "person" if count == 1 else "people"
 
 
 def _queries_by_camera(entries: Sequence[Entry]) -> set[str]:

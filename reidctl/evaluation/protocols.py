@@ -119,7 +119,7 @@ def image_to_image(
     """Return the image-to-image protocol: images with role query against images with role gallery.
 
     Gallery images of the query's person from the query's camera are dropped (Market-1501's rule); with
-    `cloth_changing` those in the query's outfit are dropped instead. In a split where no image has a role (a
+    `cloth_changing` those in the query's outfit are dropped too. In a split where no image has a role (a
     validation split cut out of training data) every image is a query and a gallery item, under the same rule;
     without cameras only the query image itself is dropped.
 
@@ -138,7 +138,7 @@ def image_to_image(
             raise DataError(
                 f"Split {split} of {dataset} has images without outfit_id.", hint="Cloth-changing needs them all."
             )
-        exclude = "same_outfit"
+        exclude = "cloth_changing" if pictures["camera_id"].notna().all() else "same_outfit"
     return Protocol(
         "i2i",
         dataset,

@@ -16,15 +16,16 @@ from reidctl.console import log, progress
 from reidctl.datasets import caption_checks, checks, image_checks, registry
 from reidctl.datasets.base import Draft, Options, Probe, caption_table
 from reidctl.datasets.checks import SEVERITIES, Finding, finding
+from reidctl.datasets.named import check_listable
 from reidctl.datasets.scan import Found, scan
 from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run
 from reidctl.stages.counting import count_splits
 
 STAGE = "data"
-# Formats that would take nearly any folder or table: chosen only when no other recognises it.
-_GENERIC = frozenset({"folder", "csv-table", "manifest"})
-TOKENIZERS = ("clip", "bert")
+# Formats that would take nearly any table or folder: chosen only when no other recognises it, the last one last.
+_GENERIC = ("csv-table", "folder")
+TOKENIZERS, _NO_TOKENIZER = ("clip", "bert"), "none"
 # UFine6926's authors stretch CLIP's positions to 168 tokens.
 _CLIP_CONTEXTS, _BERT_CONTEXTS = (77, 168), (64, 128, 512)
 
@@ -66,18 +67,21 @@ def run(
         `splits` and `metrics` (errors, warnings, notes, images, captions, truncation by dataset).
 
     Raises:
-        UsageError: an unknown format or tokenizer, or several formats recognise the folder.
-        DataError: no such folder, nothing recognises it, or the run has no dataset.
+        UsageError: an unknown format or tokenizer, `none` beside others, `images` of a run, or several formats
+            recognise the folder.
+        DataError: no such folder, it may not be read, nothing recognises it, or the run has no dataset.
     """
     started = time.monotonic()
-    measures = _tokenizers(tokenizers)
+    _check_tokenizers(tokenizers)
+    if root is None and images is not None:
+        raise UsageError("The option `images` goes with a table; a run knows where its images are.")
     subject = _of_run(run) if root is None else _of_folder(root, format, images)
     findings = list(subject.findings)
     truncation: dict[str, dict[str, float]] = {}
     if subject.source:
         findings += _check_images(subject, workers, near)
         findings += caption_checks.check_captions(subject.images, subject.captions, known_people=subject.known_people)
-        cut, truncation = _check_lengths(subject, measures)
+        cut, truncation = _check_lengths(subject, tokenizers)
         findings += cut
     findings.sort(key=lambda item: (SEVERITIES.index(item.severity), list(checks.CHECKS).index(item.check)))
     numbers = Counter(item.severity for item in findings)
@@ -109,10 +113,12 @@ def _of_run(run: Run) -> _Subject:
     images["path"] = [str((run.stage_dir(STAGE) / name).absolute()) for name in images["path"]]
     notes = [str(note) for note in record.get("notes", [])]
     known = bool(record.get("known_people", True))
-    return _Subject(str(record.get("source") or "run"), images, captions, known, checks.check_notes(notes))
+    kept = int((captions["kind"] == "full").sum())
+    return _Subject(str(record.get("source") or "run"), images, captions, known, checks.check_notes(notes, kept))
 
 
 def _of_folder(root: Path, format: str | None, images: Path | None) -> _Subject:
+    check_listable(root)
     if not root.exists():
         raise DataError(f"{root} does not exist.", hint="Give the folder that holds the dataset.")
     name, probe = (format.replace("_", "-"), _probe(format, root)) if format else detect(root)
@@ -121,8 +127,10 @@ def _of_folder(root: Path, format: str | None, images: Path | None) -> _Subject:
     try:
         with _unheard():
             draft = registry.reader(name)(root, Options(lenient=True, images=images))
-    except DataError as error:
-        wrong = finding("bad-entries", "error", 1, 1, "entries", str(error))
+    except (DataError, PermissionError) as error:
+        # Not every reader puts a folder that may not be read into words of its own.
+        told = str(error) if isinstance(error, DataError) else f"{error.filename} may not be read: {error.strerror}."
+        wrong = finding("bad-entries", "error", 1, 1, "entries", told)
         return _Subject(
             "", pd.DataFrame(), tables.empty("captions"), True, [*checks.check_layout(name, probe, None), wrong]
         )
@@ -152,23 +160,34 @@ def _subject(name: str, probe: Probe | None, draft: Draft) -> _Subject:
 def detect(root: Path) -> tuple[str, Probe]:
     """Return the format that recognises a folder or file, and what it recognised.
 
-    A format of a public dataset goes before the general ones, a whole copy before one with missing parts.
+    A format of a public dataset goes before the general ones, a folder's own table before the folder, and a whole copy
+    before one with missing parts.
 
     Raises:
         UsageError: several recognise it equally well.
         DataError: none does.
     """
     known = {name: probe for name in registry.format_names() if (probe := _probe(name, root)) is not None}
+    if not known and (root / STAGE / "stage.json").is_file():
+        raise DataError(
+            f"No format recognises {root}: it is a run, not a dataset.", hint=f"`reidctl data check --run {root}`"
+        )
     if not known:
+        check_listable(root, sorted(path.name for path in root.iterdir()) if root.is_dir() else ())
         raise DataError(
             f"No format recognises {root}.",
             hint=f"Name one: `reidctl data check FORMAT {root}`, of {', '.join(registry.format_names())}.",
         )
-    public = {name: probe for name, probe in known.items() if name not in _GENERIC} or known
+    first = min(map(_generality, known))
+    public = {name: probe for name, probe in known.items() if _generality(name) == first}
     best = {name: probe for name, probe in public.items() if not probe.missing} or public
     if len(best) > 1:
         raise UsageError(f"{root} could be {' or '.join(best)}.", hint=f"Name one: `reidctl data check FORMAT {root}`.")
     return next(iter(best.items()))
+
+
+def _generality(name: str) -> int:
+    return _GENERIC.index(name) + 1 if name in _GENERIC else 0
 
 
 def _probe(name: str, root: Path) -> Probe | None:
@@ -179,6 +198,9 @@ def _probe(name: str, root: Path) -> Probe | None:
         if error.name != "probe":
             raise
         return None
+    except PermissionError as error:
+        # It knew enough of the folder to look further.
+        return Probe(root, f"with {error.filename}, which may not be read")
     except DataError:
         return None
 
@@ -195,7 +217,10 @@ def _check_images(subject: _Subject, workers: int, near: bool) -> list[Finding]:
     findings += image_checks.check_duplicates(once, known_people=subject.known_people)
     if near:
         findings += image_checks.check_near(once)
-    return findings + (image_checks.check_people(once) if subject.known_people else [])
+    if subject.known_people:
+        findings += image_checks.check_people(once)
+        findings += image_checks.check_queries(once, subject.captions)
+    return findings
 
 
 def _advancing(paths: Sequence[Path], workers: int, near: bool) -> Iterator[Found]:
@@ -217,26 +242,29 @@ class _Measure:
         return len(self.tokenizer.encode(text)) + 2
 
 
-def _tokenizers(names: Sequence[str]) -> list[_Measure]:
-    if list(names) == ["none"]:
-        return []
-    return [_tokenizer(name) for name in dict.fromkeys(names)]
+def _check_tokenizers(names: Sequence[str]) -> None:
+    """Refuse a mistake at once: the tokenizers themselves are loaded when there are captions to count."""
+    if _NO_TOKENIZER in names and set(names) != {_NO_TOKENIZER}:
+        raise UsageError("The tokenizer `none` stands alone.", hint="Leave it out, or the others.")
+    for name in names:
+        if name not in (*TOKENIZERS, _NO_TOKENIZER) and not _vocabulary(name).is_file():
+            raise UsageError(
+                f"No tokenizer `{name}`.", hint="One of: clip, bert, none, or a BERT vocab.txt or the folder of one."
+            )
+
+
+def _vocabulary(name: str) -> Path:
+    path = Path(name)
+    return path / "vocab.txt" if path.is_dir() else path
 
 
 def _tokenizer(name: str) -> _Measure:
-    path = Path(name)
-    file = path / "vocab.txt" if path.is_dir() else path
-    if name not in TOKENIZERS and not file.is_file():
-        raise UsageError(
-            f"No tokenizer `{name}`.",
-            hint="One of: clip, bert, none, or a BERT vocab.txt or the folder of one.",
-        )
-    # Imported here: a check without tokenizers loads no torch.
+    # Imported here: a check without captions or tokenizers loads no torch.
     from reidctl.backbones.tokenizers import ClipTokenizer, WordPieceTokenizer
 
     if name == "clip":
         return _Measure("CLIP", ClipTokenizer(), _CLIP_CONTEXTS)
-    cached = _cached_vocabulary() if name == "bert" else file
+    cached = _cached_vocabulary() if name == "bert" else _vocabulary(name)
     if cached is None:
         # The shipped pieces are shorter than those of bert-base-uncased.
         return _Measure("BERT", WordPieceTokenizer(), _BERT_CONTEXTS, estimate=True)
@@ -258,16 +286,16 @@ def _cached_vocabulary() -> Path | None:
     return None
 
 
-def _check_lengths(
-    subject: _Subject, measures: Sequence[_Measure]
-) -> tuple[list[Finding], dict[str, dict[str, float]]]:
+def _check_lengths(subject: _Subject, tokenizers: Sequence[str]) -> tuple[list[Finding], dict[str, dict[str, float]]]:
     if not len(subject.captions) or not len(subject.images):
         return [], {}
     texts = caption_checks.caption_texts(subject.images, subject.captions)
+    if not len(texts):
+        return [], {}
     findings: list[Finding] = []
     rates: dict[str, dict[str, float]] = {}
     distinct = texts["text"].unique()
-    for measure in measures:
+    for measure in (_tokenizer(name) for name in dict.fromkeys(tokenizers) if name != _NO_TOKENIZER):
         with progress(f"count {measure.name} tokens", len(distinct), unit="texts") as advance:
             lengths = {}
             for text in distinct:

@@ -24,12 +24,19 @@ STAGE = "data"
 
 @dataclass(frozen=True)
 class _Joined:
-    """The rows of all sources, as they were."""
+    """The rows of all sources; people of earlier combinations under their own ids again.
+
+    Attributes:
+        links: who is who by earlier combinations.
+        others: people of earlier combinations, with or without images left.
+    """
 
     images: pd.DataFrame
     captions: pd.DataFrame
     parts: pd.DataFrame
     described: bool
+    links: list[identities.Link]
+    others: pd.DataFrame
 
 
 def run(
@@ -60,22 +67,31 @@ def run(
         "leak_check": settings.leak_check,
     }
     inputs = {f"{number}.{name}": value for number, s in enumerate(found) for name, value in s.digests().items()}
+    inputs |= {f"{number}.parts": digest(s.parts) for number, s in enumerate(found) if s.parts.is_file()}
     if settings.identity_map is not None:
+        if not settings.identity_map.is_file():
+            raise DataError(f"{settings.identity_map} is not a file.", hint="Give a CSV or JSON file of who is who.")
         inputs["identity_map"] = digest(settings.identity_map)
     current = None if force else run.up_to_date(STAGE, resolved, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
+    run.check_writable()
     started = datetime.now(UTC)
     joined = _join(found)
-    links = identities.find_links(joined.images)
+    links = [*joined.links, *identities.find_links(joined.images)]
     if settings.identity_map is not None:
-        links += identities.read_links(settings.identity_map, joined.images)
-    people = identities.unify(joined.images, links)
+        known = {*joined.images["person_id"], *joined.others["person_id"]}
+        links += identities.read_links(settings.identity_map, known)
+    people = identities.unify(joined.images, links, joined.others)
     images = identities.rename(joined.images, people)
     purged = tables.empty("purged")
     if settings.purge:
         images, purged = leaks.purge(images)
-    notes = [*_notes(joined.images, people, purged), *leaks.guard(images, settings.leak_check)]
+    notes = [
+        *_notes(joined.images, people, purged),
+        *_emptied(joined.images, images),
+        *leaks.guard(images, settings.leak_check),
+    ]
     run.unfinish(STAGE)
     made = _tables(joined, images, people, purged)
     for name, frame in made.items():
@@ -111,6 +127,11 @@ def _find(run: Run, sources: Sequence[Path]) -> list[Source]:
     found = []
     for path in sources:
         holds = (path / "images.parquet").is_file()
+        if not holds and Run(path).record(STAGE) is None:
+            raise DataError(
+                f"{path} is no run with a dataset.",
+                hint=f"Read it first: `reidctl data import FORMAT {path} --run OTHER`, then combine OTHER.",
+            )
         source = find_source(Run(path.parent if holds else path), path if holds else None)
         if source.folder.resolve() == run.stage_dir(STAGE).resolve():
             raise UsageError(f"{path} is the run that the combination is written to.", hint="Choose another --run.")
@@ -126,6 +147,8 @@ def _find(run: Run, sources: Sequence[Path]) -> list[Source]:
 
 def _join(sources: Sequence[Source]) -> _Joined:
     images, captions, parts = [], [], []
+    links: list[identities.Link] = []
+    others = [pd.DataFrame({"person_id": [], "dataset": []})]
     seen: dict[str, Path] = {}
     for source in sources:
         frame = tables.read_table(source.images, "images")
@@ -136,6 +159,11 @@ def _join(sources: Sequence[Source]) -> _Joined:
                     hint="Give each dataset once; own tables and folders are renamed with `data import --name`.",
                 )
             seen[name] = source.folder
+        if source.identities.is_file():
+            known = tables.read_table(source.identities, "identities")
+            frame = identities.restore(frame, known)
+            links += identities.inherited(known)
+            others.append(known[["original_id", "dataset"]].rename(columns={"original_id": "person_id"}))
         root = source.folder.resolve()
         images.append(frame.assign(path=[(root / path).as_posix() for path in frame["path"]]))
         captions.append(_texts(source))
@@ -147,6 +175,8 @@ def _join(sources: Sequence[Source]) -> _Joined:
         texts,
         pd.concat(parts, ignore_index=True) if parts else tables.empty("parts"),
         any(source.described is not None for source in sources),
+        links,
+        pd.concat(others, ignore_index=True),
     )
 
 
@@ -196,21 +226,31 @@ def _purged_people(purged: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _notes(images: pd.DataFrame, people: pd.DataFrame, purged: pd.DataFrame) -> list[str]:
     linked = people[people["rule"] != "own"]
-    rules = ", ".join(f"{count} by {rule}" for rule, count in linked["rule"].value_counts().items())
-    common = int(linked["person_id"].nunique())
+    rules = ", ".join(f"{count:,} by {rule}" for rule, count in linked["rule"].value_counts().items())
+    datasets = images["dataset"].nunique()
+    of = f"{datasets} datasets" if datasets > 1 else "one dataset"
+    common = people["person_id"].nunique()
     notes = [
-        f"{images['person_id'].nunique():,} people of {images['dataset'].nunique()} datasets are "
-        f"{people['person_id'].nunique():,} people: {common:,} are in several"
+        f"{len(people):,} person ids of {of} are {common:,} people: {len(linked):,} ids are linked"
         + (f" ({rules})." if len(linked) else ".")
     ]
     merged = identities.merged_within(people)
     if merged:
         notes.append(f"{len(merged)} people had several ids within one dataset, the first: {merged[0]}.")
     if len(purged):
+        people_out = purged["person_id"].nunique()
         notes.append(
-            f"{len(purged):,} images of {purged['person_id'].nunique():,} people were taken out of training: they are "
-            "in a test or validation split."
+            f"{len(purged):,} images of {people_out:,} {'person' if people_out == 1 else 'people'} were taken out of "
+            "training: they are in a test or validation split."
         )
+    return notes
+
+
+def _emptied(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
+    """Sentences about splits of which the purge left nothing."""
+    pairs = [set(zip(f["dataset"].astype(str), f["split"].astype(str), strict=True)) for f in (before, after)]
+    notes = [f"Nothing is left of {split} of {dataset}: all of it is in a later split." for dataset, split in
+             sorted(pairs[0] - pairs[1])]  # fmt: skip
     for note in notes:
-        log.info(note)
+        log.warning(note)
     return notes

@@ -1,5 +1,6 @@
 """`data import`: read a public dataset, a folder or a table into a run; images stay where they are."""
 
+import os
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,10 +45,19 @@ def run(
     """
     options = Options(seed, carve_val, skip_bad, name, fractions, images, workers, descriptions)
     _check_options(format, options)
-    if not root.exists():
+    if not os.path.exists(root):
         raise DataError(f"{root} does not exist.", hint="Give the folder that holds the dataset.")
     started = datetime.now(UTC)
-    draft = reader(format)(root, options)
+    if name is not None:
+        _check_name(name)
+    try:
+        draft = reader(format)(root, options)
+    except PermissionError as error:
+        raise DataError(f"{error.filename or root} may not be read.", hint="Fix its permissions.") from None
+    _check_name(draft.dataset)
+    splits = {entry.split for entry in draft.entries}
+    if "train" in splits and "val" not in splits and "carve_val" in supported_options(format):
+        draft.notes.append("No validation split: `--carve-val N` takes N people out of train, which `finetune` needs.")
     if descriptions is not None:
         from reidctl.datasets.descriptions import attach
 
@@ -57,6 +67,7 @@ def run(
     current = None if force else run.up_to_date(STAGE, settings, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
+    run.check_writable()
     imported = measure(draft, options)
     run.unfinish(STAGE)
     made = {"images": imported.images, "captions": imported.captions}
@@ -89,6 +100,16 @@ def _check_options(format: str, options: Options) -> None:
     for option in fields(Options):
         if getattr(options, option.name) != option.default and option.name not in heeded:
             raise UsageError(f"The format {format} does not have the option `{option.name.replace('_', '-')}`.")
+
+
+def _check_name(name: str) -> None:
+    """Ids are `<dataset>:<name>`: a colon or slash in the first part would make ids of two datasets equal."""
+    if not name.strip() or any(letter in ":/\\" or not letter.isprintable() for letter in name):
+        raise UsageError(
+            f"{name!r} cannot be the name of a dataset: it must not be empty or hold colons, slashes or control "
+            "characters.",
+            hint="Give another with --name.",
+        )
 
 
 def _described(captions: pd.DataFrame) -> bool:

@@ -1,5 +1,6 @@
 """`data synth`: render the synthetic benchmark into a run."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from reidctl import tables
 from reidctl.config import parse_section
 from reidctl.console import log, progress
 from reidctl.datasets.registry import Write, writer
-from reidctl.errors import DataError
+from reidctl.errors import DataError, ReidctlError
 from reidctl.runs import Run
 from reidctl.stages.counting import count_splits
 from reidctl.synthped.config import SynthConfig
@@ -40,12 +41,12 @@ def run(
         force: render again even if nothing changed.
     """
     config = parse_section(SynthConfig, {"seed": recipe.get("seed", 0), **recipe.get("synth", {})}, "synth")
-    names = sorted({name.replace("_", "-") for name in layouts})
-    writers = {name: writer(name) for name in names}
-    settings = {"synth": config.model_dump(mode="json"), **({"layouts": names} if names else {})}
+    writers = {name: writer(name) for name in sorted({name.replace("_", "-") for name in layouts})}
+    settings = {"synth": config.model_dump(mode="json")}
     current = None if force else run.up_to_date(STAGE, settings, {})
     if current is not None:
-        return {**current, "status": "up-to-date"}
+        return {**current, "status": "up-to-date", "layouts": _lay_out(run, writers)}
+    run.check_writable()
     started = datetime.now(UTC)
     folder = run.stage_dir(STAGE)
     _clear(folder)
@@ -54,7 +55,6 @@ def run(
         write_dataset(config, folder, workers=workers or os.cpu_count() or 1, progress=advance)
     outputs = [run.table(STAGE, name) for name in ("images", "captions", "parts")]
     images, captions = (tables.read_table(run.table(STAGE, name), name) for name in ("images", "captions"))
-    roots = _lay_out(writers, images, captions, folder)
     seconds = (datetime.now(UTC) - started).total_seconds()
     log.info(f"{total} images in {seconds:.1f} s: {60 * total / seconds:,.0f} images per minute")
     record = run.finish(
@@ -64,24 +64,52 @@ def run(
         outputs=outputs,
         started=started,
         metrics={"images_per_minute": round(60 * total / seconds)},
-        extra={"splits": count_splits(images, captions), "source": "synthped", "layouts": roots},
+        extra={"splits": count_splits(images, captions), "source": "synthped"},
     )
-    return {**record, "status": "done"}
+    # The dataset is finished whatever becomes of its layouts.
+    return {**record, "status": "done", "layouts": _lay_out(run, writers)}
 
 
-def _lay_out(
-    writers: Mapping[str, Write], images: pd.DataFrame, captions: pd.DataFrame, folder: Path
-) -> dict[str, str]:
-    """Write every dataset in every layout; return the root of each, to be given to `data import`."""
+def _lay_out(run: Run, writers: Mapping[str, Write]) -> dict[str, str]:
+    """Write every dataset in every layout that is not there yet; return their roots, to be given to `data import`.
+
+    A layout is made under a temporary name, so one that exists is whole. `_clear` removes those of other settings.
+    """
+    if not writers:
+        return {}
+    images, captions = (tables.read_table(run.table(STAGE, name), name) for name in ("images", "captions"))
+    folder = run.stage_dir(STAGE)
     roots: dict[str, str] = {}
-    for dataset in sorted(set(images["dataset"])) if writers else ():
+    for dataset in sorted(set(images["dataset"])):
         mine = images[images["dataset"] == dataset].reset_index(drop=True)
         texts = captions[captions["image_id"].isin(mine["image_id"])].reset_index(drop=True)
         for name, write in writers.items():
-            out = folder / "layouts" / dataset / name
-            out.mkdir(parents=True)
-            roots[f"{dataset} as {name}"] = write(mine, texts, folder, out).as_posix()
+            home = folder / "layouts" / str(dataset)
+            place = home / name.replace(":", "-")
+            pointer = home / f"{place.name}.json"
+            if not (pointer.is_file() and place.is_dir()):
+                _write_layout(write, mine, texts, folder, place, pointer)
+            roots[f"{dataset} as {name}"] = (home / json.loads(pointer.read_text())["root"]).as_posix()
     return roots
+
+
+def _write_layout(
+    write: Write, images: pd.DataFrame, captions: pd.DataFrame, source: Path, target: Path, pointer: Path
+) -> None:
+    temporary = target.with_name(f".{target.name}.part")
+    for stale in (temporary, target):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        root = write(images, captions, source, temporary)
+    except ReidctlError:
+        shutil.rmtree(temporary)
+        raise
+    temporary.rename(target)
+    # What `data import` takes may be a folder or a file inside the layout.
+    tables.write_text(
+        pointer, json.dumps({"root": (Path(target.name) / root.relative_to(temporary)).as_posix()}) + "\n"
+    )
 
 
 def _clear(folder: Path) -> None:

@@ -86,7 +86,7 @@ def run(
             f"`--query {query}` would look for those very texts.",
             hint="Use --query caption.",
         )
-    notes = _check_seen(run, source, corpus, split)
+    notes = [*_check_seen(run, source, corpus, split), *_other_data(run, source)]
     stored = _embed(run, method, corpus, texts, weights, split, inputs, target)
     found: list[protocols.Evaluation] = []
     for dataset in sorted(set(corpus.images["dataset"])):
@@ -119,12 +119,16 @@ def _check_seen(run: Run, source: Source, corpus: Corpus, split: str) -> list[st
         DataError: a person or a file of the split was in the training split of the model.
     """
     trained = run.require("finetune")
-    seen = tables.read_table(run.table("finetune", "seen"), "seen")
-    known = {kind: set(rows["digest"]) for kind, rows in seen.groupby("kind", observed=True)}
-    people = known.get("person", set()) & set(source.person_digests(corpus.images["person_id"]))
-    files = known.get("image", set()) & set(corpus.images["sha256"])
+    path = run.table("finetune", "seen")
+    if not path.is_file():
+        raise DataError(f"{path} is missing: an older reidctl trained this model.", hint="Train it again.")
+    seen = tables.read_table(path, "seen")
+    known = {str(kind): set(rows["digest"]) for kind, rows in seen.groupby("kind", observed=True)}
+    names = source.person_digests(corpus.images)
+    people = names.loc[names["digest"].isin(known.get("person", set())), "person_id"].nunique()
+    files = corpus.images["sha256"].isin(known.get("image", set())).sum()
     if people or files:
-        what = f"{len(people)} people" if people else f"{len(files)} image files"
+        what = f"{people:,} people" if people else f"{files:,} image files"
         raise DataError(
             f"{what} of the {split} split were used to train this model, so this would be no test.",
             hint="Was the dataset imported again with other splits? Choose another split, or train again on a "
@@ -133,6 +137,19 @@ def _check_seen(run: Run, source: Source, corpus: Corpus, split: str) -> list[st
     if split == trained["selected_on"]:
         return [f"The epoch of this model was chosen on the {split} split: these numbers flatter it."]
     return []
+
+
+def _other_data(run: Run, source: Source) -> list[str]:
+    """A note if the dataset is not the one that the model was trained on, and on how its captions were spoilt."""
+    folder = source.folder.resolve()
+    if str(folder) == run.require("finetune")["data"]:
+        return []
+    record = Run(folder.parent).record(folder.name) or {}
+    notes = [f"Measured on {folder}, another dataset than the one of the training."]
+    if record.get("source") == "degrade":
+        spoilt = record["settings"]["degrade"]
+        notes.append(f"Its captions were degraded: {spoilt['kind']}, level {spoilt['level']:g}.")
+    return notes
 
 
 def _queries(corpus: Corpus, kind: str) -> pd.DataFrame:

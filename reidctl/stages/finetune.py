@@ -126,12 +126,13 @@ def run(
         "device": target.type,
     }
     inputs = source.digests()
+    # Before asking whether anything changed: a stricter check must not be skipped.
+    notes = guard(tables.read_table(source.images, "images"), guarding)
     current = None if force else run.up_to_date(STAGE, resolved, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
     corpus = source.corpus()
-    notes = guard(corpus.images, guarding)
     run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
     if force:
@@ -141,7 +142,7 @@ def run(
     tables.write_table(history, "history", outcome.history)
     seen = run.table(STAGE, "seen")
     train = corpus.of_split("train").images
-    tables.write_table(seen, "seen", seen_table(train, source.person_digests(train["person_id"])))
+    tables.write_table(seen, "seen", seen_table(train, source.person_digests(train)["digest"]))
     outputs = [*save_method(model.cpu(), folder), history, seen]
     record = run.finish(
         STAGE,

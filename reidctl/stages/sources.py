@@ -1,14 +1,15 @@
 """Where a stage finds what it reads: the dataset folder and the texts that describe its images."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from pydantic import field_validator
 
 from reidctl import tables
 from reidctl.config import Section
 from reidctl.data import Corpus, build_corpus
+from reidctl.datasets.identities import known_as
 from reidctl.datasets.leaks import LeakCheck
 from reidctl.errors import DataError
 from reidctl.runs import Run, digest, fingerprint
@@ -63,13 +64,19 @@ class Source:
         """The table of who was who before datasets were combined; need not exist."""
         return self.folder / "identities.parquet"
 
-    def person_digests(self, people: Iterable[str]) -> list[str]:
-        """Return digests of people under all their names, sorted: those from before datasets were combined too."""
-        names = set(people)
+    def person_digests(self, images: pd.DataFrame) -> pd.DataFrame:
+        """Return digests of the people of some images under all their names, columns person_id and digest.
+
+        The names are the id, those from before datasets were combined, and those by which other releases know them.
+        """
+        people = images["person_id"].astype(str).drop_duplicates()
+        names = [pd.DataFrame({"person_id": people, "name": people}), known_as(images)]
         if self.identities.is_file():
-            known = tables.read_table(self.identities, "identities")
-            names |= set(known.loc[known["person_id"].isin(names), "original_id"])
-        return sorted(fingerprint({"person": name}, {}) for name in names)
+            known = tables.read_table(self.identities, "identities").astype(str)
+            known = known[known["person_id"].isin(people)]
+            names.append(known[["person_id", "original_id"]].rename(columns={"original_id": "name"}))
+        every = pd.concat(names, ignore_index=True).drop_duplicates(ignore_index=True)
+        return every.assign(digest=[fingerprint({"person": name}, {}) for name in every["name"]])
 
     def digests(self) -> dict[str, str]:
         """Digest by name of the tables there are: what decides whether a stage is up to date."""

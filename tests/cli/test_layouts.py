@@ -1,12 +1,13 @@
 """`data synth --layout` writes every public layout, and `data import` reads the same rows back from each."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from commandline import cli, refused
 
 from reidctl import tables
-from reidctl.datasets.registry import format_names
+from reidctl.datasets.registry import format_names, layout_names
 
 CHANGING = ("ltcc", "prcc")
 SIZE = ("--people", 15, "--images-per-person", 6, "--size", "64x32", "--workers", 1)
@@ -14,7 +15,8 @@ SIZE = ("--people", 15, "--images-per-person", 6, "--size", "64x32", "--workers"
 NO_CAPTIONS = {"market-1501", "dukemtmc-reid", "msmt17", "prcc", "ltcc", "folder"}
 HAS_ROLES = {"market-1501", "dukemtmc-reid", "msmt17", "ltcc", "csv-table"}
 HAS_VAL = {"cuhk-pedes", "rstpreid", "csv-table"}
-OWN_SPLIT = {"folder"}
+# Without splits of their own the people are split anew.
+OWN_SPLIT = {"folder", "cuhk-pedes:caption-all"}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def rendered(tmp_path_factory):
     """A rendered dataset of each variant, laid out in every format that fits it."""
     home = tmp_path_factory.mktemp("layouts")
     runs = {}
-    for variant, names in (("cloth-changing", CHANGING), ("standard", sorted(set(format_names()) - set(CHANGING)))):
+    for variant, names in (("cloth-changing", CHANGING), ("standard", sorted(set(layout_names()) - set(CHANGING)))):
         words = [word for name in names for word in ("--layout", name)]
         result = cli("data", "synth", "--run", home / variant, "--variant", variant, *SIZE, *words, "--json")
         assert result.code == 0, result.err
@@ -35,9 +37,10 @@ def loaded(run):
 
 
 @pytest.mark.covers(1, 2, 3, 4, 5, 6, 7)
-@pytest.mark.parametrize("name", format_names())
-def test_the_same_rows_come_back_through_every_layout(rendered, tmp_path, name):
-    run, root = rendered[name]
+@pytest.mark.parametrize("layout", layout_names())
+def test_the_same_rows_come_back_through_every_layout(rendered, tmp_path, layout):
+    run, root = rendered[layout]
+    name = layout.partition(":")[0]
     result = cli("data", "import", name, root, "--run", tmp_path / "run")
     assert result.code == 0, result.err
     source, texts = loaded(run)
@@ -49,7 +52,7 @@ def test_the_same_rows_come_back_through_every_layout(rendered, tmp_path, name):
         == both["person_id_read"].nunique()
         == len(both[["person_id", "person_id_read"]].drop_duplicates())
     ), "people are told apart as before"
-    if name not in OWN_SPLIT:
+    if layout not in OWN_SPLIT:
         expected = both["split"].astype(str)
         expected = expected if name in HAS_VAL else expected.replace("val", "train")
         assert (both["split_read"].astype(str) == expected).all()
@@ -66,16 +69,6 @@ def test_the_same_rows_come_back_through_every_layout(rendered, tmp_path, name):
         assert read[row.image_id_read] == (known[:1] if name == "icfg-pedes" else known)
 
 
-@pytest.mark.covers(7)
-def test_the_parquet_table_beside_the_csv_gives_the_same_rows(rendered, tmp_path):
-    root = Path(rendered["csv-table"][1])
-    for name in ("manifest.csv", "table.parquet"):
-        words = ("data", "import", "csv-table", root.with_name(name), "--name", "mine", "--run", tmp_path / name)
-        assert cli(*words).code == 0
-    for one, other in zip(loaded(tmp_path / "manifest.csv"), loaded(tmp_path / "table.parquet"), strict=True):
-        assert len(one) and one.equals(other)
-
-
 @pytest.mark.covers(12)
 @pytest.mark.parametrize("name", format_names())
 def test_validation_people_can_be_carved_out_where_a_layout_has_none(rendered, tmp_path, name):
@@ -83,17 +76,32 @@ def test_validation_people_can_be_carved_out_where_a_layout_has_none(rendered, t
     if name in HAS_VAL | OWN_SPLIT:
         refused(2, "carve-val", args=words)
         return
+    assert any("--carve-val" in note for note in cli(*words[:4], "--run", tmp_path / "none", "--json").json["notes"])
     assert cli(*words).code == 0
     people = loaded(tmp_path / "run")[0].groupby("split", observed=True)["person_id"].agg(set)
     assert len(people["val"]) == 3 and not people["val"] & (people["train"] | people["test"])
 
 
 def test_an_unknown_layout_is_refused_before_anything_is_rendered(tmp_path):
+    words = ("data", "synth", "--run", tmp_path / "run", *SIZE)
+    refused(2, "no layout `v3`", "v2", args=(*words, "--layout", "msmt17:v3"))
     refused(2, "cuhk-pedes", args=("data", "synth", "--run", tmp_path / "run", *SIZE, "--layout", "cuhk-pedess"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_layout_that_cannot_hold_the_dataset_says_which_option_helps(tmp_path):
-    words = ("data", "synth", "--run", tmp_path / "run", *SIZE, "--layout", "prcc")
-    refused(2, "cloth-changing", args=words)
-    assert not (tmp_path / "run" / "data" / "stage.json").exists()
+def test_a_layout_that_cannot_hold_the_dataset_says_which_option_helps_and_costs_nothing(tmp_path):
+    """The dataset is finished and stays; a layout that fits is added without rendering again."""
+    words = ("data", "synth", "--run", tmp_path / "run", *SIZE)
+    refused(2, "cloth-changing", args=(*words, "--layout", "prcc"))
+    stage = tmp_path / "run" / "data" / "stage.json"
+    before = stage.stat().st_mtime_ns
+    layouts = tmp_path / "run" / "data" / "layouts"
+    assert not list(layouts.rglob("*prcc*"))
+    added = cli(*words, "--layout", "cuhk-pedes", "--json").json
+    assert added["status"] == "up-to-date" and stage.stat().st_mtime_ns == before
+    root = Path(added["layouts"]["synthped-a as cuhk-pedes"])
+    assert (root / "reid_raw.json").is_file()
+    shutil.rmtree(layouts)
+    assert cli(*words, "--layout", "cuhk-pedes", "--json").code == 0 and (root / "reid_raw.json").is_file()
+    other = cli("data", "synth", "--run", tmp_path / "run", *SIZE, "--seed", 9)
+    assert other.code == 0 and not layouts.exists(), "layouts of another dataset do not stay"

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -286,6 +287,7 @@ def test_icfg_pedes_takes_the_misspelt_file_and_the_camera_of_msmt17_names(tmp_p
     names = ["test/0627/0627_010_05_0303afternoon_1591_0.jpg", "train/0002/0002_001_15_0113noon_0001_1_ex.jpg", "x.jpg"]
     items = [item(file_path=name, id=number, captions=["One."]) for number, name in enumerate(names)]
     (tmp_path / "ICFG_PEDES.json").write_text(json.dumps(items))
+    (tmp_path / "imgs").mkdir()
     entries = reader("icfg-pedes")(tmp_path, Options()).entries
     assert [entry.camera for entry in entries] == ["c5", "c15", None]
     assert [entry.split for entry in entries] == ["train"] * 3, "the folder `test` is MSMT17's"
@@ -319,6 +321,52 @@ def test_ufine6926_finds_images_that_were_moved_below_imgs(tmp_path):
     draft = read(tmp_path, "ufine6926", [item(file_path="images/1.jpg")])
     assert measure(draft, Options()).images["image_id"].tolist() == ["ufine6926:images/1.jpg"]
     assert probe("ufine6926", tmp_path).missing == ()
+
+
+def test_ufine6926_finds_images_whose_folder_was_renamed_imgs(tmp_path):
+    (tmp_path / "imgs").mkdir()
+    Image.new("RGB", (4, 8)).save(tmp_path / "imgs" / "1.jpg")
+    draft = read(tmp_path, "ufine6926", [item(file_path="images/1.jpg")])
+    found = measure(draft, Options()).images
+    assert found["image_id"].tolist() == ["ufine6926:images/1.jpg"]
+    assert found["path"].tolist() == [(tmp_path / "imgs" / "1.jpg").as_posix()]
+    assert probe("ufine6926", tmp_path).missing == ()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_annotation_file_itself_may_be_given_and_another_file_is_refused(laid_out, format, tmp_path, monkeypatch):
+    root, name = laid_out[format], MODULES[format].RELEASE.annotations[0]
+    of_file = reader(format)(root / name, Options())
+    assert of_file.entries == reader(format)(root, Options()).entries
+    assert probe(format, root / name) == probe(format, root)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "imgs").mkdir()
+    aside = tmp_path / "annotations" / name
+    aside.write_bytes((root / name).read_bytes())
+    assert {e.path.is_relative_to(tmp_path) for e in reader(format)(aside, Options()).entries} == {True}
+    monkeypatch.chdir(root)
+    assert probe(format, Path(name)) == probe(format, root), "a relative path, without a folder"
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(DataError, match=rf"other\.json is a file, not a folder of .*Give the folder with `{name}`"):
+        reader(format)(tmp_path / "other.json", Options())
+
+
+def test_of_the_two_files_of_cuhk_pedes_the_one_given_is_read(both_files):
+    notes = reader("cuhk-pedes")(both_files / "caption_all.json", Options()).notes
+    assert any(note.startswith("Read caption_all.json, the first release") for note in notes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_copy_without_its_folder_of_images_is_refused_in_one_sentence(tmp_path, format):
+    listed = [item(file_path="images/1.jpg")]
+    (tmp_path / MODULES[format].RELEASE.annotations[0]).write_text(json.dumps(listed))
+    with pytest.raises(DataError, match=r"holds no folder .*`imgs/`, where the images of .* lie.*data check"):
+        reader(format)(tmp_path, Options())
+    assert len(reader(format)(tmp_path, Options(lenient=True)).entries) == 1, "the checks name what is missing"
+
+
+def test_one_person_is_moved_and_not_one_people(laid_out):
+    assert "1 person moved from train to val (seed 0)." in load("icfg-pedes", laid_out["icfg-pedes"], carve_val=1).notes
 
 
 @pytest.mark.covers(3)
@@ -377,6 +425,7 @@ def item(**change):
 
 def read(folder, format, items, **options):
     (folder / MODULES[format].RELEASE.annotations[0]).write_text(json.dumps(items))
+    (folder / "imgs").mkdir(exist_ok=True)
     return reader(format)(folder, Options(**options))
 
 
@@ -401,6 +450,8 @@ HOSTILE = [
     ({"path": "/etc/passwd"}, "leads outside"),
     ({"path": "..\\..\\etc\\passwd"}, "leads outside"),
     ({"path": "imgs/../../x.png"}, "leads outside"),
+    ({"path": "imgs/../imgs/x.png"}, "relative to the folder; `..` and absolute paths are not allowed"),
+    ({"path": "C:\\imgs\\x.png"}, "is an absolute path of Windows"),
 ]
 
 
@@ -438,7 +489,7 @@ FILES = [
     (b'\xef\xbb\xbf[{"a": "\xff"}]', r"not UTF-8 \(byte 11\)"),
     ("[]".encode("utf-16"), r"not UTF-8 \(byte 0\)"),
     (b'[{"a": "\0"}]', "not valid JSON"),
-    (b"[" + b"1" * 5000 + b"]", "not valid JSON"),
+    (b"[" + b"1" * 5000 + b"]", "holds a number of thousands of digits"),
     (b"", "not valid JSON"),
 ]
 
@@ -473,5 +524,6 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path):
 def test_windows_line_ends_and_a_byte_order_mark_are_fine(tmp_path, mark):
     text = mark + json.dumps([item(captions=["Käthe.\r\n"])], ensure_ascii=False, indent=1).replace("\n", "\r\n")
     (tmp_path / "data_captions.json").write_bytes(text.encode())
+    (tmp_path / "imgs").mkdir()
     entry = reader("rstpreid")(tmp_path, Options()).entries[0]
     assert entry.texts == [("full", "Käthe.", "image")]

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reidctl import tables
 from reidctl.datasets import checks
 from reidctl.datasets.base import Draft, Entry, Probe, compare_counts
 from reidctl.datasets.caption_checks import caption_texts, check_captions, check_truncation
-from reidctl.datasets.image_checks import check_duplicates, check_near, check_people
+from reidctl.datasets.image_checks import check_duplicates, check_near, check_people, check_queries
 from reidctl.datasets.scan import Facts, Problem
 
 
@@ -254,7 +255,96 @@ def test_a_query_without_cameras_is_answered_by_any_image_of_its_person():
     assert check_people(images(*rows)) == []
 
 
+def test_a_gallery_that_nothing_searches_is_a_warning():
+    gallery, query, train = ({"role": role, "split": "test"} for role in ("gallery", "query", None))
+    table = images(gallery, gallery, train | {"split": "train"})
+    found = only(check_queries(table, captions(said(2, GOOD))), "no-queries")
+    assert (found.severity, found.count, found.total, found.examples) == ("warning", 1, 1, ("d test",))
+    table = images(gallery, query, gallery | {"split": "val"}, gallery | {"dataset": "e"}, query | {"dataset": "e"})
+    found = only(check_queries(table, tables.empty("captions")), "no-queries")
+    assert (found.count, found.total, found.examples) == (1, 3, ("d val",))
+
+
+def test_a_gallery_with_queries_or_captions_and_a_split_without_roles_are_well():
+    gallery, query = ({"role": role, "split": "test"} for role in ("gallery", "query"))
+    assert check_queries(images(gallery, query), tables.empty("captions")) == []
+    assert check_queries(images(gallery, gallery), captions(said(1, GOOD))) == []
+    assert check_queries(images({}, {"split": "test"}), tables.empty("captions")) == []
+
+
 # --- captions
+
+
+CODE_LIKE = [
+    "def f(x): return x[0] + 1; import os",
+    "import os",
+    "import numpy as np",
+    "A man.\nimport sys, os\n",
+    "from os import path",
+    "print(x)",
+    "for i in range(10): x += 1",
+    "for name in names: print(name)",
+    "lambda x: x+1",
+    "#include <stdio.h>",
+    "self.id = id",
+    "x = a[0]",
+    "caption = 'A man'",
+    "names['a']",
+    "SELECT * FROM x",
+    "</div>",
+    "A man. <br/> He walks.",
+    '<p class="x">A man.',
+    "A man in red&nbsp;walks.",
+    "var x = 1;",
+    "const a = b",
+    "if (x == 1) { return; }",
+    "return result;",
+    "class Person(object): pass",
+    "items.append(caption)",
+    "self.text() wears a coat.",
+    "The man wears {colour} shoes.",
+    "None",
+    "nan",
+]
+ENGLISH = [
+    "The man is going to return",
+    "She is 1.6m tall; she walks;",
+    "He wears a none-too-new coat (grey).",
+    "A coat that costs $20.50 (on sale) and €5 socks.",
+    "He carries a bag, i.e. a backpack, e.g. for school.",
+    "A T-shirt with `NY` on it.",
+    "She is wearing jeans / trousers.",
+    "A player in a #7 jersey.",
+    'A well-built, middle-aged man in a so-called "bomber" jacket.',
+    "An import of class; she will return.",
+    "The import shop's class of bags is for return.",
+    "A girl with a 'Hello' print (blue and white) on her shirt.",
+    "A woman in a dress(red), boots(black) and a hat.",
+    "A man & a woman; the man's coat is 50% wool.",
+    "H&M; black&white; his shoes are size 9.5 (US).",
+    "Her T-shirt reads E=mc2 and 1 + 1 = 2.",
+    "He walks; he returns the class's books;",
+    "The man has none.",
+    "His coat is null and void.",
+    "Select a coat from the rack: SALE.",
+    "A man in a coat.He(the man) walks.",
+    "a man in a t-shirt.his coat is red (dark).",
+    "She has a bag for men in suits: black.",
+    "Import jacket, blue jeans; a class A driver.",
+    "He wears a C++ T-shirt and lets a dog run.",
+    "for a man in his forties: a coat.",
+    "5'10\", 70kg; from left to right he wears red -> blue.",
+]
+
+
+@pytest.mark.parametrize("text", CODE_LIKE)
+def test_program_text_is_told_from_a_caption(text):
+    assert "code-captions" in named(check_captions(images({}), captions(said(0, text))))
+
+
+@pytest.mark.parametrize("text", ENGLISH)
+def test_english_with_the_signs_and_words_of_programs_is_a_caption(text):
+    assert "code-captions" not in named(check_captions(images({}), captions(said(0, text))))
 
 
 def test_good_captions_and_no_captions_give_nothing():
@@ -377,9 +467,24 @@ def test_counts_unlike_the_release_are_a_warning():
     assert checks.check_notes(compare_counts([entry("a")], {"train": (1, 1, 1)}, "CUHK-PEDES")) == []
 
 
+def test_a_split_with_other_people_and_other_queries_is_one_split():
+    ends = "the release has {}. Published numbers do not compare."
+    notes = [
+        f"Market-1501 test: found 1 people, 2 images, 0 captions; {ends.format('751, 19,281, 0')}",
+        f"Market-1501 test: found 1 query and 1 gallery images; {ends.format('3,368 and 15,913')}",
+    ]
+    found = only(checks.check_notes(notes), "split-counts")
+    assert (found.count, found.total) == (1, 1) and found.examples == tuple(notes)
+    assert found.sentence.startswith("1 split is unlike")
+
+
 def test_empty_captions_that_a_reader_left_out_are_counted():
-    found = only(checks.check_notes(["1,024 empty caption(s) left out, the first of a.png."]), "empty-captions")
-    assert (found.severity, found.count) == ("warning", 1024)
+    notes = ["1,024 empty caption(s) left out, the first of a.png."]
+    found = only(checks.check_notes(notes, 76), "empty-captions")
+    assert (found.severity, found.count, found.total) == ("warning", 1024, 1100)
+    draft = Draft("d", [entry("a"), entry("b")], notes=["2 empty caption(s) left out, the first of a.png."])
+    found = only(checks.check_layout("cuhk-pedes", None, draft), "empty-captions")
+    assert (found.count, found.total, found.rate) == (2, 4, 0.5)
 
 
 # --- findings

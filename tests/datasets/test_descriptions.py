@@ -38,7 +38,7 @@ def test_texts_are_aligned_by_image_and_may_describe_a_gallery(tmp_path):
     }
     assert found.notes == [
         "before",
-        "d.csv: texts of 3 image(s), taken as written from the image alone.",
+        "d.csv: texts of 3 images, taken as written from the image alone.",
         "d.csv: 1 image(s) lack the clothing text, the first: x/b.png.",
     ]
     for name in texts(found):
@@ -53,7 +53,7 @@ def test_missing_extra_repeated_and_empty_rows_are_counted_and_the_first_named(t
     rows = "x/a.png,T.,R.,gpt\nx/a.png,T.,R.,gpt\nnew.png,T.,R.,gpt\nold.png,T.,R.,qwen\nx/b.png, ,,\n"
     notes = attach(draft(tmp_path), table(tmp_path, "image,identity,clothing,model\n" + rows)).notes[1:]
     assert notes == [
-        "d.csv: texts of 1 image(s) by gpt, qwen, taken as written from the image alone.",
+        "d.csv: texts of 1 image by gpt, qwen, taken as written from the image alone.",
         "d.csv: 1 image(s) are not described, the first: c.png.",
         "d.csv: 2 described image(s) are not in the dataset; their texts were left out, the first: new.png.",
         "d.csv: 1 row(s) repeat an earlier one, the first: x/a.png.",
@@ -76,6 +76,12 @@ def test_rows_that_disagree_are_refused(tmp_path):
 def test_an_image_answers_to_its_path_and_its_id(tmp_path, name):
     path = table(tmp_path, json.dumps({"image_id": name, "identity_text": "Tall."}), "d.jsonl")
     assert texts(attach(draft(tmp_path), path))["x/a.png"] == [("identity", "Tall.", "image")]
+
+
+def test_rows_of_empty_cells_are_passed_over_and_counted(tmp_path):
+    path = table(tmp_path, "image,identity\n,\nx/a.png,Tall.\n,\n")
+    found = attach(draft(tmp_path), path)
+    assert texts(found)["x/a.png"] and found.notes[-1] == "d.csv: 2 row(s) of empty cells passed over."
 
 
 def test_an_absolute_path_is_found_too(tmp_path):
@@ -109,7 +115,7 @@ def test_another_text_in_the_dataset_itself_is_refused_and_the_same_one_is_taken
     (b"image,identity\nx/a.png,K\xe4the\n", r"line 2 is not UTF-8 \(byte 24"),
     (b"image,identity\nx/a.png,T\0\n", "NUL byte at offset 24"),
     (b"image,identity\nx/a.png,T.,U.\n", "3 cells, but the header has 2"),
-    (b"image,identity\nother.png,T.\n", r"none of its 1 images is in mine \(first: other.png\)"),
+    (b"image,identity\nother.png,T.\n", r"none of its 1 image is in mine \(first: other.png\)"),
     (b"", "is empty"),
 ])  # fmt: skip
 def test_a_hostile_file_is_refused_in_one_sentence(tmp_path, content, message):

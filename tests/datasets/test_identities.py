@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reidctl.datasets.identities import Link, find_links, merged_within, read_links, rename, unify
+from reidctl.datasets.identities import (
+    Link,
+    find_links,
+    inherited,
+    known_as,
+    merged_within,
+    read_links,
+    rename,
+    restore,
+    unify,
+)
 from reidctl.datasets.leaks import find_leaks, guard, purge
 from reidctl.errors import DataError
 
@@ -79,12 +89,13 @@ def test_distractors_are_nobody_and_link_nobody():
 
 def test_a_users_file_says_who_is_who(tmp_path):
     rows = images(("a:1", 1, "train"), ("b:1", 1, "test"), ("c:1", 7, "val"))
+    known = set(rows["person_id"])
     table = tmp_path / "map.csv"
     table.write_text("dataset,person,identity\r\na,1,anna\r\nc,7,anna\r\n", encoding="utf-8-sig")
     mapping = tmp_path / "map.json"
     mapping.write_text(json.dumps({"a:1": "anna", "c:7": "anna"}))
-    assert read_links(table, rows) == read_links(mapping, rows) == [Link("a:1", "c:7", "user")]
-    people = unify(rows, read_links(table, rows))
+    assert read_links(table, known) == read_links(mapping, known) == [Link("a:1", "c:7", "user")]
+    people = unify(rows, read_links(table, known))
     assert list(people["person_id"]) == ["a:1", "b:1", "a:1"] and list(people["rule"]) == ["user", "own", "user"]
 
 
@@ -97,6 +108,9 @@ def test_a_users_file_says_who_is_who(tmp_path):
         ("m.csv", b"dataset,person,identity\na,1,\xff\n", "not UTF-8"),
         ("m.csv", b"dataset,person,identity\na,1,x\0\n", "NUL"),
         ("m.csv", b"", "lacks one of the columns"),
+        ("m.csv", b"dataset;person\na;1\n", "it has: dataset, person"),
+        ("m.csv", b"dataset;person;identity\na;1;x\na;1;y\n", "two identities"),
+        ("m.csv", b"dataset,person,identity\nmarket-1501,0000,x\n", "distractors"),
         ("m.json", b"[1]", "must be an object"),
         ("m.json", b"{", "not valid JSON"),
         ("m.json", b"[" * 100_000, "not valid JSON"),
@@ -105,7 +119,7 @@ def test_a_users_file_says_who_is_who(tmp_path):
 def test_a_bad_identity_map_is_refused_in_one_sentence(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
-        read_links(tmp_path / name, images(("a:1", 1, "train")))
+        read_links(tmp_path / name, {"a:1", "a:2", "market-1501:0000"})
 
 
 def test_links_form_chains_and_several_ids_of_one_dataset_are_reported():
@@ -113,6 +127,31 @@ def test_links_form_chains_and_several_ids_of_one_dataset_are_reported():
     people = unify(rows, [Link("a:1", "b:1", "user"), Link("b:1", "c:1", "file-name"), Link("a:2", "c:1", "user")])
     assert set(people["person_id"]) == {"a:1"} and merged_within(people) == ["a:1"]
     assert set(rename(rows, people)["person_id"]) == {"a:1"}
+
+
+@pytest.mark.covers(9)
+def test_a_combination_of_a_combination_knows_everybody_by_all_names():
+    market = images(("market-1501:query/0007_c1.jpg", "0007", "test"), ("own:1", 5, "train"))
+    first = unify(market, [Link("market-1501:0007", "own:5", "user")])
+    # Own data came first in the first combination, so that person 0007 lost the Market name that the rule reads.
+    first["person_id"] = "own:5"
+    renamed = rename(market, first)
+    again = restore(renamed, first)
+    assert list(again["person_id"]) == ["market-1501:0007", "own:5"]
+    rows = pd.concat([again, CROSSING.iloc[:1]], ignore_index=True)
+    people = unify(rows, [*inherited(first), *find_links(rows)])
+    assert people["person_id"].nunique() == 1 and set(people["original_id"]) == {
+        "market-1501:0007", "own:5", "cuhk-pedes:12",
+    }  # fmt: skip
+    gone = unify(rows.iloc[:1], inherited(first), first.rename(columns={"person_id": "x", "original_id": "person_id"}))
+    assert "own:5" in set(gone["original_id"]), "a purged person's name is kept"
+
+
+def test_other_releases_know_people_by_their_file_names():
+    found = known_as(CROSSING)
+    assert {tuple(row) for row in found.to_numpy()} == {("cuhk-pedes:12", "market-1501:0007")}
+    name = "0005_003_07_0303noon_0123_2"
+    assert list(known_as(images((f"icfg-pedes:test/0005/{name}.jpg", 9, "test")))["name"]) == [f"msmt17-file:{name}"]
 
 
 @pytest.mark.covers(10)

@@ -248,6 +248,20 @@ def picture(path):
     (b"image,person\n/etc/passwd,1\n", "leads outside"),
     (b"image,person\n..\\..\\x,1\n", "leads outside"),
     (b"image,person\na/../../../x,1\n", "leads outside"),
+    (b"image,person\na/../x.png,1\n", "relative to the folder; `..` and absolute paths are not allowed .got 'a/../x"),
+    (b"image,person\nC:\\data\\0.png,1\n", "is an absolute path of Windows. Write the path as it continues below"),
+    (b"image,person\nC:/data/0.png,1\n", "is an absolute path of Windows"),
+    (b"image,person\n\\\\server\\0.png,1\n", "is an absolute path of Windows"),
+    (b"image,person\ra.png,1\r", "line ends of old Macs .a carriage return alone.*Save it as CSV UTF-8"),
+    (b"image,person\r" + b"a.png,1\r" * 150_000, "line ends of old Macs"),
+    (b"image,person\na.png,1\rb.png,2\n", "data row 1: a carriage return stands alone"),
+    (b"PK\x03\x04" + bytes(500), "is an Excel workbook .*Save it as CSV UTF-8"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an old Excel workbook"),
+    (b"\x1f\x8b\x08", "is compressed"),
+    (b"PAR1", "is Parquet under another name"),
+    (b"image,person\n", r"t\.csv has no rows"),
+    (b"image,person\n,\n", r"t\.csv has no rows"),
+    (b"sep=;\n", "is empty"),
     (b"image,person\n..,1\n", "leads outside|not a file"),
     # 22 bytes of header, 12 of the first row, 9 before the letter
     (b"image,person,caption\r\na.png,1,ok\r\nb.png,1,K\xe4the\r\n", r"line 3 is not UTF-8 \(byte 43 of .* is 0xE4\)"),
@@ -282,11 +296,69 @@ def test_a_hostile_csv_is_refused_in_one_sentence(tmp_path, content, message):
     (b'{"image": "a.png", "person": "\\ud800"}\n', "half a character"),
     (b'{"image": "a.png", "person": 1, "captions": [1]}\n', "`captions` must be a list of texts"),
     (b'{"image": "a.png", "person": 1, "attributes": 5}\n', "`attributes` is not an object"),
-    (b'{"image": "a.png", "person": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
+    (b'{"image": "a.png", "person": ' + b"9" * 5000 + b"}\n", "data row 1 holds a number of thousands of"),
+    (b"", "has no rows"),
 ])  # fmt: skip
 def test_hostile_json_lines_are_refused_in_one_sentence(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read(table(tmp_path, content, "t.jsonl"))
+
+
+def test_a_path_that_is_absolute_but_inside_is_not_called_outside(tmp_path):
+    path = table(tmp_path, f"image,person\n{tmp_path}/a.png,1\n")
+    with pytest.raises(DataError, match=r"relative to the folder; `\.\.` and absolute paths are not allowed") as caught:
+        read(path)
+    assert "outside" not in str(caught.value)
+    with pytest.raises(DataError, match="leads outside"):
+        read(path, images=folder_of(tmp_path / "imgs"))
+
+
+def folder_of(path):
+    path.mkdir()
+    return path
+
+
+def test_a_missing_folder_of_images_is_named_and_not_its_first_image(tmp_path):
+    path = table(tmp_path, "image,person\na.png,1\n")
+    with pytest.raises(DataError, match=r"The images' folder .*nowhere is missing"):
+        read(path, images=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("split", ["train,val", "train,"])
+def test_fractions_for_a_table_with_splits_are_refused(tmp_path, split):
+    first, second = split.split(",")
+    path = table(tmp_path, f"image,person,split\na.png,1,{first}\nb.png,1,{second}\n")
+    with pytest.raises(UsageError, match=r"t\.csv has splits, so `fractions` has no meaning.*Leave --fractions out"):
+        read(path, fractions=(0.5, 0.2, 0.3))
+
+
+def test_a_workbook_is_named_whatever_its_suffix(tmp_path):
+    for name in ("t.xlsx", "t.csv", "t.tsv", "t.jsonl"):
+        with pytest.raises(DataError, match="is an Excel workbook"):
+            read(table(tmp_path, b"PK\x03\x04rest", name))
+
+
+@pytest.mark.parametrize("first, separator", [("sep=;", ";"), ("SEP=,", ","), ('"sep=;"', ";"), ("sep=\t", "\t")])
+def test_the_separator_that_excel_names_in_the_first_line_is_honoured(tmp_path, first, separator):
+    lines = [first, separator.join(["image", "person", "a,b;c"]).replace("a,b;c", "note"), separator.join("x1n")]
+    assert [(e.key, e.person) for e in read(table(tmp_path, "\r\n".join(lines))).entries] == [("x", "1")]
+
+
+def test_rows_of_empty_cells_are_passed_over_counted_and_keep_their_number(tmp_path):
+    text = ",,\nimage,person,split\n,,\na.png,1,test\n   \n , ,\n,,,,,\n\nb.png,2,dev\n"
+    draft = read(table(tmp_path, text), lenient=True)
+    assert [e.key for e in draft.entries] == ["a.png"] and "4 row(s) of empty cells passed over." in draft.notes
+    assert "data row 6: `split` is none of" in draft.problems[0] and len(draft.problems) == 1
+
+
+def test_a_lenient_reader_of_a_table_without_rows_leaves_it_to_the_checks(tmp_path):
+    assert read(table(tmp_path, "image,person\n"), lenient=True).entries == []
+
+
+def test_one_person_is_no_people(tmp_path):
+    assert "1 person split" in read(table(tmp_path, "image,person\na.png,1\n")).notes[0]
+    draft = read(table(tmp_path, "image,person\nok.png,1\n" + "a.png,\n" * 1001), lenient=True)
+    assert draft.problems[-1] == "1 further row is not as documented."
 
 
 def test_a_hundred_megabytes_in_one_field_are_refused_in_bounded_memory(tmp_path):

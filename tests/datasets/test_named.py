@@ -1,10 +1,13 @@
 """Datasets whose file names are the annotation: written from rendered people, read again, and given hostile input."""
 
+import errno
 import os
 import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from reidctl import tables
-from reidctl.datasets.base import Options, measure
+from reidctl.datasets.base import Entry, Options, measure
+from reidctl.datasets.named import Reading
 from reidctl.datasets.registry import format_names, probe, reader, writer
 from reidctl.errors import DataError, UsageError
 from reidctl.synthped.config import SynthConfig
@@ -224,7 +228,7 @@ def test_market_with_more_cameras_than_the_release_is_refused_in_writing_and_not
     with pytest.raises(UsageError, match="6 cameras"):
         writer("market-1501")(images.assign(camera_id="c7"), tables.empty("captions"), folder, tmp_path)
     picture(tmp_path / "bounding_box_train" / "0001_c10s1_000001_00.jpg")
-    (tmp_path / "query").mkdir()
+    picture(tmp_path / "query" / "0007_c1s1_000001_00.jpg")
     (tmp_path / "bounding_box_test").mkdir()
     found = draft("market-1501", tmp_path)
     assert found.entries[0].camera == "c10", "all digits count"
@@ -474,6 +478,138 @@ def test_msmt17_refuses_a_huge_list_without_reading_it(msmt):
         stream.truncate(3 << 30)
     with pytest.raises(DataError, match="larger than 256 MiB"):
         draft("msmt17", root)
+
+
+# --- what is another dataset, or half of one
+
+
+OTHER = {"market-1501": "dukemtmc-reid", "dukemtmc-reid": "market-1501"}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_folder_of_the_other_release_in_this_layout_is_refused(layout, name):
+    root = layout(OTHER[name])
+    with pytest.raises(DataError, match=f"holds {OTHER[name]}, not") as caught:
+        draft(name, root)
+    assert OTHER[name] in caught.value.hint
+    found = draft(name, root, lenient=True)
+    assert len(found.problems) == 1 and OTHER[name] in found.problems[0]
+
+
+def test_a_few_names_of_the_other_release_and_names_of_neither_are_read(layout, tmp_path):
+    root = layout("market-1501")
+    for number, entry in enumerate(draft("market-1501", root).entries[:20]):
+        entry.path.rename(entry.path.with_name(f"{entry.person}_{entry.camera}_f{number:07d}.png"))
+    assert len(draft("market-1501", root).entries) == 72
+    for path in [entry.path for entry in draft("market-1501", root).entries]:
+        path.rename(path.with_name(f"{path.name[:7]}-{path.stem}{path.suffix}"))
+    assert len(draft("market-1501", root).entries) == 72
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_copy_without_queries_is_refused_or_listed(layout, name):
+    root = layout(name)
+    for entry in draft(name, root).entries:
+        if entry.role == "query":
+            entry.path.unlink()
+    if name == "msmt17":
+        (root / "list_query.txt").write_text("")
+    with pytest.raises(DataError, match="No query images in"):
+        draft(name, root)
+    found = draft(name, root, lenient=True)
+    assert found.entries and len(found.problems) == 1 and "No query images" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    "name, queries, gallery",
+    [("market-1501", 3368, 15913), ("dukemtmc-reid", 2228, 17661), ("msmt17", 11659, 82161), ("ltcc", 493, 7050)],
+)
+def test_queries_and_gallery_are_compared_one_by_one(layout, name, queries, gallery):
+    found = draft(name, layout(name))
+    roles = Counter(entry.role for entry in found.entries)
+    (note,) = [note for note in found.notes if " query and " in note]
+    assert f"test: found {roles['query']} query and {roles['gallery']} gallery images; " in note
+    assert note.endswith(f"the release has {queries:,} and {gallery:,}. Published numbers do not compare.")
+
+
+def test_images_that_moved_from_the_gallery_to_the_queries_are_noted():
+    entries = [Entry(str(i), Path("x"), "test", "1", "query" if i < 3 else "gallery") for i in range(5)]
+    for roles, notes in (({"query": 3, "gallery": 2}, 0), ({"query": 2, "gallery": 3}, 1)):
+        reading = Reading(False, entries)
+        reading.compare("X", {"test": (1, 5, 0)}, 6, roles)
+        assert len(reading.notes) == notes
+
+
+# --- folders that may not be read
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Make a folder one that may not be read, also for root: what is asked about it or inside it is refused."""
+    scandir, listdir, stat = os.scandir, os.listdir, os.stat
+
+    def close(folder):
+        def refuse(path):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+        def closed_scandir(path="."):
+            return refuse(path) if Path(path).is_relative_to(folder) else scandir(path)
+
+        def closed_listdir(path="."):
+            return refuse(path) if Path(path).is_relative_to(folder) else listdir(path)
+
+        def closed_stat(path, *args, **more):
+            inside = isinstance(path, str | os.PathLike) and folder in Path(path).parents
+            return refuse(path) if inside else stat(path, *args, **more)
+
+        monkeypatch.setattr(os, "scandir", closed_scandir)
+        monkeypatch.setattr(os, "listdir", closed_listdir)
+        monkeypatch.setattr(os, "stat", closed_stat)
+
+    return close
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("market-1501", "bounding_box_train"),
+        ("dukemtmc-reid", "bounding_box_test"),
+        ("prcc", "rgb/train"),
+        ("prcc", "rgb/test/C"),
+        ("prcc", "rgb/train/001"),
+        ("ltcc", "train"),
+    ],
+)
+def test_a_sub_folder_that_may_not_be_read_is_refused_or_listed(layout, closed, name, part):
+    folder = layout(name) / part
+    closed(folder)
+    root = folder.parents[len(part.split("/")) - 1]
+    with pytest.raises(DataError, match=f"{folder.name} cannot be listed \\(Permission denied\\)") as caught:
+        draft(name, root)
+    assert "--run" not in caught.value.hint and "chmod" in caught.value.hint
+    found = draft(name, root, lenient=True)
+    assert found.entries and len(found.problems) == 1 and "Permission denied" in found.problems[0]
+    assert probe(name, root) is not None
+
+
+@pytest.mark.parametrize(
+    "name, part", [("prcc", "rgb/test"), ("prcc", "rgb"), ("market-1501", ""), ("ltcc", ""), ("msmt17", "")]
+)
+def test_a_closed_folder_that_hides_the_dataset_is_named(layout, closed, name, part):
+    root = layout(name)
+    closed(root / part)
+    with pytest.raises(DataError, match="cannot be listed"):
+        draft(name, root if part else root.parent)
+
+
+@pytest.mark.parametrize("name", [*ALL, "folder"])
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_root_that_may_not_be_read_says_so(layout, closed, name, lenient):
+    root = layout("market-1501" if name == "folder" else name)
+    closed(root)
+    with pytest.raises(DataError, match="cannot be listed \\(Permission denied\\)") as caught:
+        draft(name, root, lenient=lenient)
+    assert "--run" not in caught.value.hint and "chmod" in caught.value.hint
 
 
 # --- attributes

@@ -1,11 +1,13 @@
 """The readers, on small files in the layout of each dataset, and on hostile input."""
 
+import errno
 import json
 import os
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reidctl.datasets.base import Entry, Options, measure, safe_join
-from reidctl.datasets.registry import format_names, reader
+from reidctl.datasets.registry import format_names, probe, reader
 from reidctl.datasets.scan import image_facts
 from reidctl.datasets.splits import carve_validation, split_people
 from reidctl.errors import DataError, UsageError
@@ -233,6 +235,38 @@ def test_a_link_loop_is_refused_by_name(tmp_path):
         load("folder", tmp_path)
 
 
+@pytest.mark.parametrize("place", ["1.png", "anna/1.png"])
+def test_a_pipe_named_like_an_image_is_refused_or_listed(tmp_path, place):
+    picture(tmp_path / Path(place).with_name("0.png"))
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(DataError, match=f"{place} is not a regular file"):
+        load("folder", tmp_path)
+    found = reader("folder")(tmp_path, Options(lenient=True))
+    assert len(found.entries) == len(found.problems) == 1 and found.problems[0].endswith("is not a regular file.")
+
+
+def test_a_persons_folder_that_may_not_be_read_is_refused_or_listed(tmp_path, monkeypatch):
+    for name in ("anna", "bert"):
+        picture(tmp_path / name / "1.png")
+    iterdir = Path.iterdir
+
+    def closed(path):
+        if path.name == "anna":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(DataError, match=r"anna cannot be listed \(Permission denied\)") as caught:
+        load("folder", tmp_path)
+    assert "--run" not in caught.value.hint
+    found = reader("folder")(tmp_path, Options(lenient=True))
+    assert [entry.key for entry in found.entries] == ["bert/1.png"] and len(found.problems) == 1
+    assert probe("folder", tmp_path) is not None
+    (tmp_path / "bert" / "1.png").unlink()
+    with pytest.raises(DataError, match="anna cannot be listed"):
+        reader("folder")(tmp_path, Options(lenient=True))
+
+
 def test_a_folder_with_both_layouts_or_none_is_refused(tmp_path):
     with pytest.raises(DataError, match="No images"):
         load("folder", tmp_path)
@@ -362,7 +396,7 @@ def test_csv_takes_windows_line_ends_and_a_byte_order_mark(tmp_path, encoding, e
         (b"image,person\n../../etc/passwd,1\n", "leads outside"),
         (b"image,person,captions\na.png,1,[oops\n", "not a JSON list"),
         (b"image,person\na.png,1\na.png,2\n", "`person` of a.png differs"),
-        (b"image,person\n", "has no images"),
+        (b"image,person\n", "has no rows"),
         (b"", "is empty"),
         (b"image,person\nmissing.png,1\n", "missing.png does not exist"),
     ],
@@ -412,9 +446,22 @@ def test_every_person_is_in_exactly_one_split_with_a_share(people, seed, fractio
     assert found == split_people(sorted(people, reverse=True) * 2, fractions, seed)
 
 
-def test_fractions_must_add_up():
-    with pytest.raises(UsageError, match="add up to 1"):
-        split_people(["a"], (0.5, 0.5, 0.5), 0)
+@pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.5), (-1, 1, 1), (float("nan"),) * 3, (float("inf"), 0, 0)])
+def test_fractions_must_be_numbers_that_add_up(fractions):
+    with pytest.raises(UsageError, match="must be at least 0 and add up to 1"):
+        split_people(["a", "b"], fractions, 0)
+
+
+@pytest.mark.parametrize("count, people, message", [
+    (16, 16, r"Cannot carve 16 people out of 16 training people\. Give at most 15"),
+    (1, 1, r"Cannot carve 1 person out of 1 training person\. Give at most 0"),
+    (1, 0, r"0 training people\. Give at most 0"),
+    (-1, 3, r"Give at least 0\."),
+])  # fmt: skip
+def test_carving_too_many_says_how_many_are_possible(count, people, message):
+    entries = [Entry(str(i), None, "train", str(i)) for i in range(people)]
+    with pytest.raises(UsageError, match=message):
+        carve_validation(entries, count, 0)
 
 
 def test_a_person_under_one_camera_gives_no_query():

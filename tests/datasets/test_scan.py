@@ -128,14 +128,14 @@ def test_hostile_files_are_problems_with_a_kind_and_one_sentence(tmp_path):
     with (tmp_path / "sparse.png").open("wb") as stream:
         stream.truncate(scan_module.MAX_BYTES + 1)
     expected = {name: kind for name, (_, kind) in files.items()} | {
-        "pipe.png": "missing",
+        "pipe.png": "unreadable",
         "loop.png": "unreadable",
         "away.png": "missing",
         "sparse.png": "huge",
         "none.png": "missing",
         "whole.png/a.png": "missing",
         "a\0b.png": "unreadable",
-        ".": "missing",
+        ".": "unreadable",
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")

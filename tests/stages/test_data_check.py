@@ -1,11 +1,13 @@
 """`data check` on rendered and hand-made datasets with planted faults: what it finds, says and leaves alone."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from reidctl.datasets.base import Probe
 from reidctl.datasets.checks import CHECKS
 from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run
-from reidctl.stages import data_check, data_synth
+from reidctl.stages import data_check, data_import, data_synth
 
 SYNTH = {"seed": 1, "synth": {"people": 12, "images_per_person": 4, "size": (64, 32)}}
 
@@ -312,6 +314,154 @@ def test_an_undecided_unknown_or_absent_folder_is_one_sentence(tmp_path, monkeyp
 def test_every_format_can_be_asked_about_an_empty_folder(tmp_path):
     with pytest.raises(DataError, match="No format recognises"):
         check(tmp_path, root=tmp_path)
+
+
+# --- what used to stop or mislead it
+
+
+def refused(monkeypatch, folder):
+    """Make the listing of a folder fail as for a user without the right, also for root."""
+    scandir = os.scandir
+
+    def closed(path="."):
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+
+
+def test_a_sub_folder_that_may_not_be_read_is_a_finding_among_others(tmp_path, monkeypatch):
+    root = market(tmp_path / "m")
+    refused(monkeypatch, root / "bounding_box_train")
+    record = check(tmp_path, root=root)
+    item = found(record, "bad-entries")
+    assert (item["count"], item["total"]) == (1, 3) and "Permission denied" in item["examples"][0]
+    assert record["source"] == "market-1501" and record["metrics"]["images"] == 2
+
+
+def test_a_root_that_may_not_be_read_is_one_sentence_without_the_option_run(tmp_path, monkeypatch):
+    root = market(tmp_path / "m")
+    refused(monkeypatch, root)
+    for format in (None, "market-1501"):
+        with pytest.raises(DataError, match="cannot be listed") as caught:
+            check(tmp_path, root=root, format=format)
+        assert "--run" not in caught.value.hint
+
+
+def denied(root, *_):
+    raise PermissionError(errno.EACCES, "Permission denied", str(root / "imgs"))
+
+
+def test_a_format_that_trips_over_a_closed_folder_is_still_chosen_and_checked(tmp_path, monkeypatch):
+    probes(monkeypatch, a=denied, folder=sees())
+    monkeypatch.setattr(registry, "reader", lambda name: denied)
+    record = check(tmp_path, root=tmp_path)
+    assert faults(record) == ["bad-entries"] and "imgs may not be read" in found(record, "bad-entries")["sentence"]
+    assert "imgs" in found(record, "layout")["sentence"]
+
+
+def test_a_dataset_that_a_closed_folder_hides_is_not_unknown(tmp_path, monkeypatch):
+    market(tmp_path / "d" / "m").rename(tmp_path / "d" / "other name")
+    refused(monkeypatch, tmp_path / "d" / "other name")
+    with pytest.raises(DataError, match="other name cannot be listed"):
+        check(tmp_path, root=tmp_path / "d")
+
+
+@pytest.mark.parametrize("part, code", [("m", 2), ("m/query", 3)])
+def test_folders_of_mode_0_are_findings_or_one_sentence(tmp_path, doctor, part, code):
+    root = market(tmp_path / "m")
+    closed = tmp_path / part
+    closed.chmod(0)
+    try:
+        if os.access(closed, os.R_OK):
+            pytest.skip("root may read everything")
+        result = doctor("market-1501", root, "--tokenizer", "none", "-q")
+    finally:
+        closed.chmod(0o755)
+    assert result.code == code and "--run" not in result.complaint()
+
+
+def test_a_release_without_queries_and_a_run_without_queries_are_findings(rendered, tmp_path):
+    root = market(tmp_path / "m")
+    (root / "query" / "0100_c1s1_000001_00.jpg").unlink()
+    assert "No query images" in found(check(tmp_path, root=root), "bad-entries")["examples"][0]
+    frame = images_of(rendered)
+    write_images(rendered, frame[frame["role"] != "query"])
+    captions = rendered / "data" / "captions.parquet"
+    write_captions(rendered, lambda table: table.drop(table.index[~table["image_id"].isin(frame["image_id"])]))
+    assert "no-queries" not in {item["check"] for item in check(rendered)["findings"]}, "captions search the gallery"
+    captions.unlink()
+    item = found(check(rendered), "no-queries")
+    assert (item["severity"], item["count"]) == ("warning", item["total"])
+
+
+def test_a_table_in_a_folder_goes_before_the_folder(tmp_path):
+    for person in "ab":
+        path = tmp_path / "images" / f"{person}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 16), (ord(person), 0, 0)).save(path)
+    assert check(tmp_path, root=tmp_path)["source"] == "folder"
+    (tmp_path / "manifest.csv").write_text("image,person,split\nimages/a.png,a,train\nimages/b.png,b,test\n")
+    record = check(tmp_path, root=tmp_path)
+    assert record["source"] == "csv-table" and record["metrics"]["images"] == 2
+
+
+def test_a_pipe_is_counted_and_has_one_wording(tmp_path):
+    (tmp_path / "people" / "anna").mkdir(parents=True)
+    Image.new("RGB", (8, 16)).save(tmp_path / "people" / "anna" / "0.png")
+    os.mkfifo(tmp_path / "people" / "anna" / "1.png")
+    item = found(check(tmp_path, root=tmp_path / "people", format="folder"), "bad-entries")
+    assert (item["count"], item["total"]) == (1, 2) and item["examples"][0].endswith("is not a regular file.")
+    item = {"id": 1, "split": "train", "captions": ["A man in a red coat."], "file_path": "1.png"}
+    (tmp_path / "imgs").mkdir()
+    os.mkfifo(tmp_path / "imgs" / "1.png")
+    (tmp_path / "reid_raw.json").write_text(json.dumps([item]))
+    record = check(tmp_path, root=tmp_path, format="cuhk-pedes")
+    assert found(record, "unreadable-images")["examples"][0].endswith("is not a regular file.")
+    assert "missing-images" not in {item["check"] for item in record["findings"]}
+
+
+def test_empty_captions_are_counted_among_all_captions(tmp_path):
+    items = [
+        {"id": i, "split": "train", "captions": ["A man in red.", f"He carries {i} bags."], "file_path": f"{i}.png"}
+        for i in range(4)
+    ]
+    items[0]["captions"][1] = items[1]["captions"][1] = " "
+    (tmp_path / "imgs").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 16), (i, 0, 0)).save(tmp_path / "imgs" / f"{i}.png")
+    (tmp_path / "reid_raw.json").write_text(json.dumps(items))
+    item = found(check(tmp_path, root=tmp_path, format="cuhk-pedes"), "empty-captions")
+    assert (item["count"], item["total"], item["rate"]) == (2, 8, 0.25)
+    data_import.run(Run(tmp_path / "run"), format="cuhk-pedes", root=tmp_path)
+    item = found(check(tmp_path / "run"), "empty-captions")
+    assert (item["count"], item["total"]) == (2, 8)
+
+
+def test_a_run_given_as_the_folder_is_named_as_one(clean, tmp_path):
+    with pytest.raises(DataError, match=r"No format recognises .* a run") as caught:
+        check(tmp_path, root=clean)
+    assert f"--run {clean}" in caught.value.hint
+
+
+def test_options_that_would_be_ignored_are_refused(clean, doctor):
+    with pytest.raises(UsageError, match="`images`"):
+        check(clean, images=clean)
+    result = doctor("--run", clean, "--images", clean)
+    assert result.code == 2 and "`images`" in result.complaint()
+    for names in (["none", "clip"], ["bert", "none"]):
+        result = doctor("--run", clean, *(part for name in names for part in ("--tokenizer", name)))
+        assert result.code == 2 and "`none` stands alone" in result.complaint()
+    assert check(clean, tokenizers=["none", "none"])["status"] == "ok"
+
+
+def test_a_dataset_without_captions_loads_no_tokenizer_but_their_names_are_checked(tmp_path, monkeypatch):
+    root = market(tmp_path / "m")
+    monkeypatch.setattr(data_check, "_tokenizer", lambda name: pytest.fail("loaded"))
+    assert check(tmp_path, root=root, tokenizers=["clip", "bert"])["metrics"]["truncation"] == {}
+    with pytest.raises(UsageError, match="No tokenizer `gpt`"):
+        check(tmp_path, root=root, tokenizers=["clip", "gpt"])
 
 
 # --- the command

@@ -110,7 +110,8 @@ def test_what_cannot_be_combined_is_refused(sources, tmp_path):
     refused(2, "Missing argument", args=("data", "combine", "--run", tmp_path / "x"))
     refused(3, "cuhk-pedes is in", "--name", args=("data", "combine", one, one, "--run", tmp_path / "x"))
     refused(2, "Choose another --run", args=("data", "combine", one, sources / "market-1501", "--run", one))
-    refused(3, "no dataset", args=("data", "combine", one, tmp_path / "nothing", "--run", tmp_path / "x"))
+    nothing = ("data", "combine", one, tmp_path / "nothing", "--run", tmp_path / "x")
+    refused(3, "no run with a dataset", "data import", args=nothing)
     refused(2, "--leak-check maybe", args=("data", "combine", one, one, "--leak-check", "maybe"))
     missing = ("data", "combine", one, sources / "market-1501", "--identity-map", tmp_path / "no.csv")
     refused(3, "no.csv", args=(*missing, "--run", tmp_path / "x"))
@@ -146,3 +147,25 @@ def test_a_model_knows_the_people_it_was_trained_on_by_all_their_names(sources, 
     # Market-1501 alone calls them by its own ids.
     market = sources / "market-1501" / "data"
     refused(3, "were used to train this model", args=("evaluate", "--run", run, "--data", market))
+
+
+@pytest.mark.slow
+@pytest.mark.covers(10)
+def test_a_model_is_not_tested_on_people_whom_file_names_show_in_its_training_set(sources, tmp_path):
+    """The ordinary cross-dataset run: trained on CUHK-PEDES, evaluated on Market-1501, never combined."""
+    words = ("--method", "irra-tiny", "--set", "backbone.spec=clip:micro", "--set", "train.epochs=1")
+    assert cli("finetune", "--run", tmp_path / "run", "--data", sources / "cuhk-pedes" / "data", *words).code == 0
+    market = sources / "market-1501" / "data"
+    refused(3, "were used to train", "data combine", args=("evaluate", "--run", tmp_path / "run", "--data", market))
+
+
+def test_what_a_purge_leaves_empty_is_said(sources, tmp_path):
+    original = sources / "market-1501" / "data"
+    twin = tmp_path / "twin" / "data"
+    shutil.copytree(original, twin)
+    images = tables.read_table(twin / "images.parquet", "images")
+    for column in ("image_id", "person_id", "dataset"):
+        images[column] = images[column].astype(str).str.replace("market-1501", "twin")
+    tables.write_table(twin / "images.parquet", "images", images.assign(split="test"))
+    record = cli("data", "combine", sources / "market-1501", tmp_path / "twin", "--run", tmp_path / "x", "--json").json
+    assert any("Nothing is left of train of market-1501" in note for note in record["notes"])

@@ -97,3 +97,9 @@ def test_descriptions_that_come_with_a_dataset_are_what_a_method_reads(tmp_path)
     assert data_import.run(run, format="csv-table", root=root, descriptions=texts)["status"] == "done"
     assert data_import.run(run, format="csv-table", root=root)["described"] is False
     assert find_source(run).described is None
+
+
+@pytest.mark.parametrize("name", ["a:b", "a/b", "..\\x", "", " ", "a\nb"])
+def test_a_name_that_would_make_ids_of_two_datasets_equal_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be the name of a dataset"):
+        data_import.run(Run(tmp_path / "run"), format="csv-table", root=table_of(tmp_path), name=name)

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reidctl.datasets.base import IMAGE_SUFFIXES, SPLITS, Draft, Entry, Options, Probe, readable_name, safe_join
+from reidctl.datasets.base import IMAGE_SUFFIXES, SPLITS, Draft, Entry, Options, Probe, readable_name
 from reidctl.datasets.manifest import (
     SUFFIXES,
     Complaints,
@@ -32,9 +32,10 @@ from reidctl.datasets.manifest import (
     shown,
     text_of,
 )
-from reidctl.datasets.splits import split_people
+from reidctl.datasets.paths import inside
+from reidctl.datasets.splits import count_people, split_people
 from reidctl.datasets.writing import captions_of, place, rows
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
 
 OPTIONS = frozenset({"seed", "name", "fractions", "images"})
 DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
@@ -50,8 +51,8 @@ _KNOWN = frozenset({"image", "captions", "attributes", "conditioned_on", *_FACTS
 _ALLOWED = {"split": ("", *SPLITS), "role": ("", "query", "gallery"), "conditioned_on": ("", *CONDITIONS)}
 _ATTRIBUTE = "attributes."
 _CAPTION = re.compile(r"caption(_\d+)?")
-# Names that need no look at the disk: relative, forward slashes, no component of dots alone.
-_PLAIN = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\0]+(?:/(?!\.{1,2}(?:/|$))[^/\\\0]+)*")
+# Names that need no look at the disk: relative, forward slashes, no component of dots alone, no drive of Windows.
+_PLAIN = re.compile(r"(?![A-Za-z]:/)(?!\.{1,2}(?:/|$))[^/\\\0]+(?:/(?!\.{1,2}(?:/|$))[^/\\\0]+)*")
 Text = tuple[str, str, str]
 
 
@@ -63,16 +64,24 @@ def read(root: Path, options: Options) -> Draft:
     `attributes.NAME` or `attributes` (an object).
 
     Raises:
-        DataError: the file is not a table, a column is missing, a value is not allowed, or two rows contradict.
+        DataError: the file is not a table or has no rows, a column is missing, a value is not allowed, two rows
+            contradict, or there is no folder `options.images`.
+        UsageError: `fractions` for a table that has splits.
     """
     file = _locate(root)
+    if options.images is not None and not options.images.is_dir():
+        raise DataError(
+            f"The images' folder {options.images} is missing.", hint="Give the folder that paths start from."
+        )
     complain = Complaints(options.lenient)
     table = open_table(file, complain, rename=_rename, needed=() if _is_json(file) else ("image", "person"))
     base = (options.images or file.parent).absolute()
     with _no_collection():
         groups, count = _read_rows(table, base, complain)
         entries = [_entry(key, groups[key], base) for key in groups]
-    notes = []
+    if not count and not options.lenient:
+        raise DataError(f"{file} has no rows.", hint="One row per image is expected, below the names of the columns.")
+    notes = table.notes()
     if count > len(groups):
         notes.append(f"{count - len(groups):,} further row(s) of images listed before; their texts were joined.")
     unknown = [name for name in table.columns if name and not _is_known(name)]
@@ -99,9 +108,7 @@ def probe(root: Path) -> Probe | None:
 
 
 def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path) -> Path:
-    """Write `manifest.csv` and the same as `table.parquet` beside a folder `images`; return the first.
-
-    Phrases cannot be expressed.
+    """Write `manifest.csv` beside a folder `images` and return the table; phrases cannot be expressed.
 
     Raises:
         UsageError: the rows are of several datasets.
@@ -117,7 +124,6 @@ def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path)
             texts = json.dumps(row["captions"], ensure_ascii=False) if row["captions"] else ""
             cells = [texts if name == "captions" else row[name] for name in columns]
             writer.writerow([*cells, *(row["attributes"].get(name, "") for name in names)])
-    _write_parquet(table, out / "table.parquet")
     return path
 
 
@@ -127,10 +133,8 @@ def write_parquet(images: pd.DataFrame, captions: pd.DataFrame, source: Path, ou
     Raises:
         UsageError: the rows are of several datasets.
     """
-    return _write_parquet(_laid_out(images, captions, source, out), out / f"{MANIFEST}.parquet")
-
-
-def _write_parquet(table: Sequence[dict[str, Any]], path: Path) -> Path:
+    table = _laid_out(images, captions, source, out)
+    path = out / f"{MANIFEST}.parquet"
     kinds = {"captions": pa.list_(pa.string()), "attributes": pa.map_(pa.string(), pa.string())}
     columns = list(table[0]) if table else ["image", "person"]
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
@@ -307,7 +311,7 @@ def _check_values(image: str, facts: tuple[str, ...], condition: str, where: str
 def _key(image: str, base: Path, where: str) -> str:
     if _PLAIN.fullmatch(image):
         return image
-    return safe_join(base, image, where).relative_to(base).as_posix()
+    return inside(base, image, where).relative_to(base).as_posix()
 
 
 def _contents(row: Row, condition: str, where: str) -> tuple[dict[str, str], list[Text]]:
@@ -350,11 +354,13 @@ def _entry(key: str, group: _Group, base: Path) -> Entry:
 def _split(entries: list[Entry], file: Path, options: Options, complain: Complaints) -> tuple[list[Entry], list[str]]:
     """Give every image a split: its own, its person's, or where there is none at all, one drawn by person."""
     given = {entry.person: entry.split for entry in entries if entry.split}
+    if given and options.fractions is not None:
+        raise UsageError(f"{file} has splits, so `fractions` has no meaning.", hint="Leave --fractions out.")
     if not given and entries:
         fractions = options.fractions or DEFAULT_FRACTIONS
         drawn = split_people([entry.person for entry in entries], fractions, options.seed)
         shares = "/".join(f"{share:g}" for share in fractions)
-        note = f"No `split` given: {len(drawn)} people split {shares} into train/val/test (seed {options.seed})."
+        note = f"No `split` given: {count_people(len(drawn))} split {shares} into train/val/test (seed {options.seed})."
         return [replace(entry, split=drawn[entry.person]) for entry in entries], [note]
     lacking = [entry for entry in entries if not entry.split]
     lost = [entry for entry in lacking if entry.person not in given]
@@ -370,3 +376,6 @@ def _split(entries: list[Entry], file: Path, options: Options, complain: Complai
     filled = [e if e.split else replace(e, split=given[e.person]) for e in entries if e.split or e.person in given]
     known = len(lacking) - len(lost)
     return filled, [f"{known:,} image(s) without a split got the one of their person."] if known else []
+
+
+VARIANTS = {"parquet": write_parquet}

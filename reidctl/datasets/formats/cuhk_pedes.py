@@ -17,7 +17,7 @@ import pandas as pd
 
 from reidctl.datasets import captioned
 from reidctl.datasets.base import Draft, Entry, Options, Probe, compare_counts
-from reidctl.datasets.splits import split_people
+from reidctl.datasets.splits import count_people, split_people
 from reidctl.datasets.writing import numbered_people, place, rows
 from reidctl.errors import DataError, UsageError
 
@@ -83,8 +83,8 @@ def _read_first(found: captioned.Place, options: Options, items: list[Any]) -> D
     draft.entries = [replace(entry, split=split[entry.person]) for entry in draft.entries]
     shares = "/".join(f"{share:g}" for share in fractions)
     draft.notes += [
-        f"Read {found.annotation.name}, the first release, which has no `split` field: {len(split):,} people split "
-        f"{shares} into train/val/test (seed {options.seed}).",
+        f"Read {found.annotation.name}, the first release, which has no `split` field: {count_people(len(split))} "
+        f"split {shares} into train/val/test (seed {options.seed}).",
         f"This is not the official split, so no number compares with a published one; {NEWER} has it.",
     ]
     return draft
@@ -164,3 +164,6 @@ def _stem(person: int, camera: int, serial: int) -> str:
         f"train_query/p{person}_s{serial}",
     )
     return f"Market/{person:04d}_c{camera}s1_{serial:06d}_00" if person % 2 == 0 else styles[person // 2 % len(styles)]
+
+
+VARIANTS = {"caption-all": write_first_release}

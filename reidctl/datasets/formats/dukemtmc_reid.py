@@ -1,12 +1,11 @@
 """DukeMTMC-reID: eight cameras, in Market-1501's layout. Its authors withdrew it in 2019; there is no downloader."""
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from reidctl.datasets.base import Draft, Options, Probe
-from reidctl.datasets.formats.market_1501 import NO_YES, SHARED_FIELDS, Release
+from reidctl.datasets.formats.market_1501 import DUKE_STYLE, MARKET_STYLE, NO_YES, SHARED_FIELDS, Release
 from reidctl.datasets.matlab import AttributeFile
 
 OPTIONS = frozenset({"seed", "carve_val"})
@@ -36,10 +35,12 @@ DUKE = Release(
         "dukemtmcreid",
         "dukemtmc-reid",
     ),
-    # 702 test people with 2,228 queries and 408 people who are only in the gallery of 17,661.
+    # 702 test people with queries and 408 people who are only in the gallery.
     official={"train": (702, 16522, 0), "test": (702 + 408, 2228 + 17661, 0)},
+    roles={"query": 2228, "gallery": 17661},
     cameras=8,
-    style=re.compile(r"\d+_c\d+_f\d+"),
+    style=DUKE_STYLE,
+    relative=("market-1501", MARKET_STYLE),
     file="{person:04d}_c{camera}_f{frame:07d}{suffix}",
     attributes=ATTRIBUTES,
 )
@@ -49,7 +50,7 @@ def read(root: Path, options: Options) -> Draft:
     """Return the images of DukeMTMC-reID; see `Release.read`.
 
     Raises:
-        DataError: a folder is missing, a file name does not say person and camera, or attributes are damaged.
+        DataError: see `Release.read`.
         UsageError: `carve_val` asks for more people than train has.
     """
     draft = DUKE.read(root, options)

@@ -1,6 +1,7 @@
 """A folder of images: one sub-folder per person, or a flat folder of own photos whose people nobody knows."""
 
 import errno
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 from reidctl.datasets.base import IMAGE_SUFFIXES, Draft, Entry, Options, Probe, readable_name
 from reidctl.datasets.formats.csv_table import file_names
 from reidctl.datasets.manifest import Complaints
+from reidctl.datasets.named import MAY_READ
 from reidctl.datasets.splits import split_people
 from reidctl.datasets.writing import place, rows
 from reidctl.errors import DataError, UsageError
@@ -24,10 +26,11 @@ def read(root: Path, options: Options) -> Draft:
     """Return the images in `root` (flat) or in its sub-folders (one per person).
 
     Raises:
-        DataError: no such folder, no images, both layouts at once, a broken link, or a sub-folder that is a link
-            back to the folder itself or round in a circle.
+        DataError: no such folder, no images, both layouts at once, a broken link, a pipe or device named like an
+            image, a folder that may not be read, or a sub-folder that is a link back to the folder itself or round in
+            a circle.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder.", hint="Give a folder of images, or of one folder per person.")
     root = root.absolute()
     name = options.name or readable_name(root.resolve()) or "folder"
@@ -43,6 +46,8 @@ def read(root: Path, options: Options) -> Draft:
             )
         )
         flat = []
+    if not flat and not people and complain.problems:
+        raise DataError(complain.problems[0])
     if not flat and not people:
         raise DataError(
             f"No images in {root} or its sub-folders ({', '.join(sorted(IMAGE_SUFFIXES))}).",
@@ -55,17 +60,23 @@ def read(root: Path, options: Options) -> Draft:
 
 def probe(root: Path) -> Probe | None:
     """Recognise a folder of images; ask this last, for the folders of every other format hold images too."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return None
     last = "(asked last: other formats hold such folders too)"
-    if any(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in root.iterdir()):
+    inside = _listed(root)
+    if any(path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path) for path in inside):
         return Probe(root, f"flat folder of images, people unknown {last}")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if any(
-        path.suffix.lower() in IMAGE_SUFFIXES for sub in folders[:_LOOKED_AT] for path in islice(sub.iterdir(), 100)
-    ):
+    folders = sorted(path for path in inside if os.path.isdir(path) and not path.name.startswith("."))
+    if any(_shows_images(folder) for folder in folders[:_LOOKED_AT]):
         return Probe(root, f"{len(folders):,} sub-folders, taken for one per person {last}")
     return None
+
+
+def _shows_images(folder: Path) -> bool:
+    try:
+        return any(path.suffix.lower() in IMAGE_SUFFIXES for path in islice(folder.iterdir(), 100))
+    except OSError:
+        return False
 
 
 def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path) -> Path:
@@ -110,29 +121,48 @@ def _by_person(name: str, people: dict[str, list[Path]], options: Options) -> Dr
 
 def _images(folder: Path, complain: Complaints) -> list[Path]:
     found = []
-    for path in folder.iterdir():
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+    try:
+        inside = _listed(folder)
+    except DataError as error:
+        complain(error)
+        return []
+    for path in inside:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or os.path.isdir(path):
             continue
         try:
-            readable_name(path)
-            if path.is_symlink() and not path.exists():
-                raise DataError(f"{path} is a link that leads nowhere or to itself.", hint="Remove it.")
+            _check_image(path)
         except DataError as error:
             complain(error)
-            continue
-        if path.is_file():
+        else:
             found.append(path)
     return sorted(found)
+
+
+def _check_image(path: Path) -> None:
+    """Refuse what only looks like an image file; a file that may not be opened is left to whoever opens it."""
+    readable_name(path)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(f"{path} is a link that leads nowhere or to itself.", hint="Remove it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"Image {path} is not a regular file.", hint="Remove it.")
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed ({error.strerror}).", hint=MAY_READ) from None
 
 
 def _subfolders(root: Path, complain: Complaints) -> list[Path]:
     home = root.resolve()
     folders = []
-    for path in sorted(path for path in root.iterdir() if not path.name.startswith(".")):
+    for path in sorted(path for path in _listed(root) if not path.name.startswith(".")):
         try:
-            if _is_circle(path) or (path.is_symlink() and path.is_dir() and home.is_relative_to(path.resolve())):
+            is_folder = os.path.isdir(path)
+            if _is_circle(path) or (is_folder and os.path.islink(path) and home.is_relative_to(path.resolve())):
                 raise DataError(f"{path} is a link back to {root} or round in a circle.", hint="Remove it.")
-            if path.is_dir():
+            if is_folder:
                 readable_name(path)
                 folders.append(path)
         except DataError as error:

@@ -10,6 +10,7 @@ from reidctl.datasets.base import Draft, Entry, Options, Probe
 from reidctl.datasets.named import (
     Reading,
     camera_numbers,
+    has_folder,
     images_in,
     laid_out,
     locate,
@@ -25,8 +26,8 @@ OPTIONS = frozenset({"seed", "carve_val"})
 NAME, TITLE = "ltcc", "LTCC"
 ROOTS = ("LTCC_ReID", "LTCC-reID", "ltcc")
 FOLDERS = (("train", "train", None), ("query", "test", "query"), ("test", "test", "gallery"))
-# 493 queries and 7,050 in the gallery.
 OFFICIAL = {"train": (77, 9576, 0), "test": (75, 493 + 7050, 0)}
+ROLES = {"query": 493, "gallery": 7050}
 CAMERAS = 12
 _FILE = re.compile(r"(\d+)_(\d+)_c(\d+)(?!\d)")
 
@@ -35,7 +36,7 @@ def read(root: Path, options: Options) -> Draft:
     """Return the images of `root` or `root/LTCC_ReID`; an outfit's id is `<person>-<clothes>`.
 
     Raises:
-        DataError: a folder is missing, or a file name does not say person, clothes and camera.
+        DataError: a folder is missing, a file name does not say person, clothes and camera, or there are no queries.
         UsageError: `carve_val` asks for more people than train has.
     """
     folder = located(root, ROOTS, ("query", "test"), TITLE)
@@ -52,7 +53,8 @@ def read(root: Path, options: Options) -> Draft:
             outfit = f"{person}-{int(clothes)}"
             key = f"{name}/{path.name}"
             reading.entries.append(Entry(key, path, split, person, role, f"c{int(camera)}", outfit))
-    reading.compare(TITLE, OFFICIAL, CAMERAS)
+    reading.need_queries(folder / "query")
+    reading.compare(TITLE, OFFICIAL, CAMERAS, ROLES)
     reading.carve(options)
     return reading.draft(NAME)
 
@@ -66,7 +68,7 @@ def probe(root: Path) -> Probe | None:
 
 
 def _recognise(folder: Path) -> bool:
-    if not any((folder / name).is_dir() for name, _, _ in FOLDERS):
+    if not has_folder(folder, [name for name, _, _ in FOLDERS]):
         return False
     names = [name for name in (some_image(folder / part) for part, _, _ in FOLDERS) if name]
     return any(_FILE.match(name) for name in names) if names else folder.name in ROOTS

@@ -1,5 +1,6 @@
 """Market-1501: people under six cameras, with a query and a gallery set; person and camera are in the file name."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ import pandas as pd
 from reidctl.datasets.base import Draft, Entry, Options, Probe
 from reidctl.datasets.matlab import AttributeFile
 from reidctl.datasets.named import (
+    MAY_READ,
     Official,
     Reading,
     camera_numbers,
+    has_folder,
     images_in,
     laid_out,
     locate,
@@ -30,6 +33,10 @@ FOLDERS = (("bounding_box_train", "train", None), ("query", "test", "query"), ("
 MARKERS = ("bounding_box_train", "bounding_box_test")
 JUNK, DISTRACTOR = -1, 0
 NO_YES = ("no", "yes")
+# Names that tell whose release this is.
+LOOKED_AT = 50
+MARKET_STYLE = re.compile(r"-?\d+_c\d+s\d+_")
+DUKE_STYLE = re.compile(r"\d+_c\d+_f\d+")
 _FILE = re.compile(r"(-?\d+)_c(\d+)(?!\d)")
 _CARRIED = {"backpack": "backpack", "shoulder bag": "bag", "handbag": "handbag", "cap": "hat"}
 _LONG_SLEEVES = frozenset({"shirt", "hoodie", "jacket", "coat", "sweater"})
@@ -45,9 +52,11 @@ class Release:
         title: in sentences.
         roots: folders it may lie in, below the folder that is given.
         official: people, images and captions by split.
+        roles: how many query and gallery images.
         cameras: how many.
         style: what the images of this release are called and those of its relatives are not.
-        file: the same, for writing.
+        relative: name and style of the other release in this layout.
+        file: the style, for writing.
         attributes: its file of attributes.
     """
 
@@ -55,8 +64,10 @@ class Release:
     title: str
     roots: tuple[str, ...]
     official: Official
+    roles: Mapping[str, int]
     cameras: int
     style: re.Pattern[str]
+    relative: tuple[str, re.Pattern[str]]
     file: str
     attributes: AttributeFile
 
@@ -64,14 +75,17 @@ class Release:
         """Return the images: junk (-1) dropped, distractors (0000) kept, attributes added where there are any.
 
         Raises:
-            DataError: a folder is missing, a file name does not say person and camera, or attributes are damaged.
+            DataError: a folder is missing, a file name does not say person and camera, most are those of another
+                release, there are no queries, or attributes are damaged.
             UsageError: `carve_val` asks for more people than train has.
         """
         folder = located(root, self.roots, MARKERS, self.title)
         reading = Reading(options.lenient)
         self._read_images(folder, reading)
-        reading.compare(self.title, self.official, self.cameras)
-        annotation, people = self.attributes.read(folder, reading)
+        self._check_style(folder, reading)
+        reading.need_queries(folder / "query")
+        reading.compare(self.title, self.official, self.cameras, self.roles)
+        annotation, people = self._read_attributes(folder, reading)
         if annotation is not None:
             reading.entries = with_attributes(reading.entries, people)
             found = {int(entry.person) for entry in reading.entries} - {DISTRACTOR}
@@ -81,6 +95,24 @@ class Release:
                 reading.notes.append(f"{lacking:,} people have no row in {annotation.name}, so no attributes.")
         reading.carve(options)
         return reading.draft(self.name, annotation)
+
+    def _check_style(self, folder: Path, reading: Reading) -> None:
+        """Refuse the other release in this layout, or its people would get this one's name and numbers."""
+        other, style = self.relative
+        names = [entry.path.name for entry in reading.entries[:LOOKED_AT]]
+        foreign = [name for name in names if style.match(name)]
+        if 2 * len(foreign) > len(names):
+            reading.reject(
+                f"{folder} holds {other}, not {self.title}: its images have names such as {foreign[0]}.",
+                f"Read it as {other}.",
+            )
+
+    def _read_attributes(self, folder: Path, reading: Reading) -> tuple[Path | None, dict[int, dict[str, str]]]:
+        try:
+            return self.attributes.read(folder, reading)
+        except OSError as error:
+            reading.reject(f"{error.filename or folder} cannot be read ({error.strerror}).", MAY_READ)
+            return None, {}
 
     def _read_images(self, folder: Path, reading: Reading) -> None:
         junk = distractors = 0
@@ -113,12 +145,12 @@ class Release:
         if folder is None:
             return None
         attributes = [folder / inner / f"{self.attributes.name}.mat" for inner in self.attributes.folders]
-        described = "with" if any(path.is_file() for path in attributes) else "without"
+        described = "with" if any(os.path.isfile(path) for path in attributes) else "without"
         missing = missing_in(folder, [name for name, _, _ in FOLDERS])
         return Probe(folder, f"{self.title}, {described} attributes", missing)
 
     def _recognise(self, folder: Path) -> bool:
-        if not any((folder / marker).is_dir() for marker in MARKERS):
+        if not has_folder(folder, MARKERS):
             return False
         names = [name for name in (some_image(folder / part) for part, _, _ in FOLDERS) if name]
         if names:
@@ -203,10 +235,12 @@ MARKET = Release(
     name="market-1501",
     title="Market-1501",
     roots=("Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "market1501", "Market-1501"),
-    # 750 test people and the distractors' common id; 3,368 queries and 15,913 in the gallery.
+    # 750 test people and the distractors' common id.
     official={"train": (751, 12936, 0), "test": (751, 3368 + 15913, 0)},
+    roles={"query": 3368, "gallery": 15913},
     cameras=6,
-    style=re.compile(r"-?\d+_c\d+s\d+_"),
+    style=MARKET_STYLE,
+    relative=("dukemtmc-reid", DUKE_STYLE),
     file="{person:04d}_c{camera}s1_{frame:06d}_00{suffix}",
     attributes=MARKET_ATTRIBUTES,
 )

@@ -10,14 +10,26 @@ from pathlib import Path
 import pandas as pd
 
 from reidctl.datasets.base import Draft, Entry, Options, Probe, safe_join
-from reidctl.datasets.named import Reading, camera_numbers, is_usable, laid_out, locate, missing_in, need_test
+from reidctl.datasets.named import (
+    MAY_READ,
+    Reading,
+    camera_numbers,
+    check_listable,
+    has_folder,
+    is_usable,
+    laid_out,
+    locate,
+    missing_in,
+    need_test,
+)
 from reidctl.datasets.writing import numbered_people, place
 from reidctl.errors import DataError
 
 OPTIONS = frozenset({"seed", "carve_val"})
 NAME, TITLE = "msmt17", "MSMT17"
-# 32,621 = list_train and list_val together; 11,659 queries and 82,161 in the gallery.
+# 32,621 = list_train and list_val together.
 OFFICIAL = {"train": (1041, 32621, 0), "test": (3060, 11659 + 82161, 0)}
+ROLES = {"query": 11659, "gallery": 82161}
 CAMERAS = 15
 # The val list holds further images of the training people, so it is training data.
 LISTS = (
@@ -59,8 +71,8 @@ def read(root: Path, options: Options) -> Draft:
     """Return the listed images of V1 or V2; person 5 of train is `train-0005`, another than `test-0005`.
 
     Raises:
-        DataError: no such dataset or both versions of it, a list is missing, not UTF-8 or huge, or a line is not
-            `PATH PERSON` or leads out of the folder.
+        DataError: no such dataset or both versions of it, a list is missing, not UTF-8 or huge, a line is not
+            `PATH PERSON` or leads out of the folder, or there are no queries.
         UsageError: `carve_val` asks for more people than train has.
     """
     folder = _folder(root)
@@ -79,7 +91,8 @@ def read(root: Path, options: Options) -> Draft:
                 continue
             seen.add(entry.key)
             reading.entries.append(entry)
-    reading.compare(TITLE, OFFICIAL, CAMERAS)
+    reading.need_queries(folder)
+    reading.compare(TITLE, OFFICIAL, CAMERAS, ROLES)
     reading.carve(options)
     return reading.draft(NAME, folder / LISTS[0][0])
 
@@ -87,6 +100,7 @@ def read(root: Path, options: Options) -> Draft:
 def _folder(root: Path) -> Path:
     found = [folder for folder in map(root.absolute().joinpath, ("", *ROOTS)) if _recognise(folder)]
     if not found:
+        check_listable(root, ROOTS)
         lists = ", ".join(name for name, _, _ in LISTS)
         raise DataError(
             f"No MSMT17 in {root}: neither it nor {', '.join(PLACES)} in it holds {lists}.",
@@ -100,23 +114,27 @@ def _folder(root: Path) -> Path:
 
 
 def _recognise(folder: Path) -> bool:
-    if any((folder / name).is_file() for name, _, _ in LISTS) or (folder / VERSIONS[0].train).is_dir():
+    # `Path.is_file` and `Path.is_dir` raise where a folder may not be looked into.
+    if any(os.path.isfile(folder / name) for name, _, _ in LISTS) or os.path.isdir(folder / VERSIONS[0].train):
         return True
-    return folder.name in PLACES and (folder / "train").is_dir() and (folder / "test").is_dir()
+    return folder.name in PLACES and all(os.path.isdir(folder / part) for part in ("train", "test"))
 
 
 def _version(folder: Path) -> Version:
     masked = VERSIONS[0]
-    return masked if any((folder / name).is_dir() for name in (masked.train, masked.test)) else VERSIONS[1]
+    return masked if has_folder(folder, (masked.train, masked.test)) else VERSIONS[1]
 
 
 def _lines(path: Path, reading: Reading) -> Iterator[tuple[str, str]]:
     """Yield (where, text) of every line of a list that is not empty, without loading the file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         reading.reject(f"{path} is missing.", "The four list files come with the images; ask the authors.")
         return
     if path.stat().st_size > MAX_LIST:
         reading.reject(f"{path} is larger than {MAX_LIST >> 20} MiB, so it is not a list of MSMT17.")
+        return
+    if not os.access(path, os.R_OK):
+        reading.reject(f"{path} cannot be read (Permission denied).", MAY_READ)
         return
     with path.open("rb") as stream:
         number, whole = 0, True
@@ -153,7 +171,7 @@ def _entry(line: str, where: str, images: Path, split: str, role: str | None, re
         reading.reject(f"{where}: the third field of {path.name[:80]!r} is not a camera's number.")
         return None
     # One call to the system per image, where `exists` would follow every link.
-    if os.path.islink(path) and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         reading.reject(f"{path} is a link that leads nowhere or to itself.", "Remove it.")
         return None
     key = f"{images.name}{path.as_posix().removeprefix(images.as_posix())}"
@@ -180,10 +198,25 @@ def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path)
     Raises:
         UsageError: no cameras or too many, or no query or gallery images.
     """
+    return _write(images, source, out / "MSMT17_V1", VERSIONS[1])
+
+
+def write_masked(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path) -> Path:
+    """Lay images out as `write` does, in the folders of MSMT17_V2.
+
+    Raises:
+        UsageError: as `write`.
+    """
+    return _write(images, source, out / "MSMT17_V2", VERSIONS[0])
+
+
+VARIANTS = {"v2": write_masked}
+
+
+def _write(images: pd.DataFrame, source: Path, root: Path, version: Version) -> Path:
     cameras = camera_numbers(images, CAMERAS, TITLE)
     need_test(images, TITLE)
     order = numbered_people(images)
-    root, version = out / PLACES[0], VERSIONS[1]
     people: dict[str, dict[str, int]] = {}
     for split, part in images.assign(split=images["split"].replace("val", "train")).groupby("split"):
         names = sorted(set(part["person_id"]), key=order.__getitem__)

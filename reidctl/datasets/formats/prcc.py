@@ -12,7 +12,9 @@ from reidctl.datasets.base import Draft, Entry, Options, Probe
 from reidctl.datasets.named import (
     Reading,
     camera_numbers,
+    check_listable,
     folders_in,
+    has_folder,
     images_in,
     laid_out,
     locate,
@@ -44,18 +46,20 @@ def read(root: Path, options: Options) -> Draft:
     test split.
 
     Raises:
-        DataError: a folder is missing, a person's folder is not a number, or a file name does not begin with A_, B_
-            or C_.
+        DataError: a folder is missing, a person's folder is not a number, a file name does not begin with A_, B_ or
+            C_, or there are no queries.
         UsageError: `carve_val` asks for more people than train has.
     """
     folder = locate(root, ROOTS, _recognise)
     if folder is None:
+        check_listable(root, [*ROOTS, "test", *(f"{name}/test" for name in ROOTS)])
         raise DataError(
             f"No PRCC in {root}: neither it nor {', '.join(ROOTS)} in it holds a folder `test/A`.",
             hint="The reader wants the `rgb` part; docs/datasets.md shows the expected folder tree.",
         )
     reading = Reading(options.lenient)
     reading.entries += [*_train(folder, reading), *_test(folder, reading)]
+    reading.need_queries(folder / "test")
     reading.compare(TITLE, OFFICIAL, len(CAMERA))
     reading.carve(options)
     if options.carve_val:
@@ -111,7 +115,7 @@ def probe(root: Path) -> Probe | None:
 
 
 def _recognise(folder: Path) -> bool:
-    return any((folder / "test" / letter).is_dir() for letter in CAMERA)
+    return has_folder(folder / "test", CAMERA)
 
 
 def write(images: pd.DataFrame, captions: pd.DataFrame, source: Path, out: Path) -> Path:

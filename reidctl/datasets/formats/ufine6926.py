@@ -23,9 +23,10 @@ RELEASE = captioned.Release(
     ("UFine6926", "UFine6926/UFine6926", "UFineBench/UFine6926"),
     ("UFine6926_Annotations.json",),
     OFFICIAL,
-    # Copies made for code that expects `imgs/` moved the images there.
+    # Copies made for code that expects `imgs/` moved the folder there, or gave it that name.
     images=(".", "imgs"),
     subfolders=("images",),
+    renamed="imgs",
 )
 
 
