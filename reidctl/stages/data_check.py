@@ -3,16 +3,15 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from reidctl import tables
-from reidctl.console import log, progress
+from reidctl.console import progress
 from reidctl.datasets import caption_checks, checks, image_checks, registry
 from reidctl.datasets.base import Draft, Options, Probe, caption_table
 from reidctl.datasets.checks import SEVERITIES, Finding, finding
@@ -125,8 +124,7 @@ def _of_folder(root: Path, format: str | None, images: Path | None) -> _Subject:
     if images is not None and "images" not in registry.supported_options(name):
         raise UsageError(f"The format {name} does not have the option `images`.")
     try:
-        with _unheard():
-            draft = registry.reader(name)(root, Options(lenient=True, images=images))
+        draft = registry.reader(name)(root, Options(lenient=True, images=images))
     except (DataError, PermissionError) as error:
         # Not every reader puts a folder that may not be read into words of its own.
         told = str(error) if isinstance(error, DataError) else f"{error.filename} may not be read: {error.strerror}."
@@ -135,20 +133,6 @@ def _of_folder(root: Path, format: str | None, images: Path | None) -> _Subject:
             "", pd.DataFrame(), tables.empty("captions"), True, [*checks.check_layout(name, probe, None), wrong]
         )
     return _subject(name, probe, draft)
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Keep a reader's log lines back: the findings say the same."""
-
-    def refuse(_: LogRecord) -> bool:
-        return False
-
-    log.addFilter(refuse)
-    try:
-        yield
-    finally:
-        log.removeFilter(refuse)
 
 
 def _subject(name: str, probe: Probe | None, draft: Draft) -> _Subject:
