@@ -248,9 +248,9 @@ def _notes(images: pd.DataFrame, people: pd.DataFrame, purged: pd.DataFrame) -> 
 
 def _emptied(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
     """Sentences about splits of which the purge left nothing."""
-    pairs = [set(zip(f["dataset"].astype(str), f["split"].astype(str), strict=True)) for f in (before, after)]
-    notes = [f"Nothing is left of {split} of {dataset}: all of it is in a later split." for dataset, split in
-             sorted(pairs[0] - pairs[1])]  # fmt: skip
+    had, has = (set(zip(f["dataset"].astype(str), f["split"].astype(str), strict=True)) for f in (before, after))
+    lost = sorted(had - has)
+    notes = [f"Nothing is left of {split} of {dataset}: all of it is in a later split." for dataset, split in lost]
     for note in notes:
         log.warning(note)
     return notes
