@@ -150,6 +150,7 @@ def _join(sources: Sequence[Source]) -> _Joined:
     links: list[identities.Link] = []
     others = [pd.DataFrame({"person_id": [], "dataset": []})]
     seen: dict[str, Path] = {}
+    described = any(source.described is not None for source in sources)
     for source in sources:
         frame = tables.read_table(source.images, "images")
         for name in sorted(set(frame["dataset"])):
@@ -166,7 +167,7 @@ def _join(sources: Sequence[Source]) -> _Joined:
             others.append(known[["original_id", "dataset"]].rename(columns={"original_id": "person_id"}))
         root = source.folder.resolve()
         images.append(frame.assign(path=[(root / path).as_posix() for path in frame["path"]]))
-        captions.append(_texts(source))
+        captions.append(_texts(source, described))
         if source.parts.is_file():
             parts.append(tables.read_table(source.parts, "parts"))
     texts = pd.concat(captions, ignore_index=True)
@@ -174,16 +175,22 @@ def _join(sources: Sequence[Source]) -> _Joined:
         pd.concat(images, ignore_index=True),
         texts,
         pd.concat(parts, ignore_index=True) if parts else tables.empty("parts"),
-        any(source.described is not None for source in sources),
+        described,
         links,
         pd.concat(others, ignore_index=True),
     )
 
 
-def _texts(source: Source) -> pd.DataFrame:
-    """The captions of a dataset; texts that `caption` wrote for it replace those of the same kinds."""
+def _texts(source: Source, described: bool) -> pd.DataFrame:
+    """The captions of a dataset; texts that `caption` wrote for it replace those of the same kinds.
+
+    If the combination counts as described, a dataset that is not keeps no such texts: the true ones of rendered images
+    are for measuring, and would pass for a model's.
+    """
     own = tables.read_table(source.captions, "captions") if source.captions.is_file() else tables.empty("captions")
-    if source.described is None or source.described == source.captions:
+    if source.described is None:
+        return own[~own["kind"].isin(("identity", "clothing"))] if described else own
+    if source.described == source.captions:
         return own
     written = tables.read_table(source.described, "captions")
     return pd.concat([own[~own["kind"].isin(set(written["kind"]))], written], ignore_index=True)

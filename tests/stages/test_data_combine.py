@@ -169,3 +169,18 @@ def test_what_a_purge_leaves_empty_is_said(sources, tmp_path):
     tables.write_table(twin / "images.parquet", "images", images.assign(split="test"))
     record = cli("data", "combine", sources / "market-1501", tmp_path / "twin", "--run", tmp_path / "x", "--json").json
     assert any("Nothing is left of train of market-1501" in note for note in record["notes"])
+
+
+def test_the_true_texts_of_rendered_images_do_not_pass_for_a_models(sources, tmp_path):
+    """One dataset was described, the rendered one was not: it has no identity texts in the combination."""
+    texts = tmp_path / "texts.csv"
+    names = tables.read_table(sources / "cuhk-pedes" / "data" / "images.parquet", "images")["image_id"]
+    pd.DataFrame({"image": names, "identity": "Tall.", "clothing": "Red coat."}).to_csv(texts, index=False)
+    root = sources / "synth" / "data" / "layouts" / "synthped-a" / "cuhk-pedes"
+    words = ("data", "import", "cuhk-pedes", root, "--run", tmp_path / "told", "--descriptions", texts)
+    assert cli(*words).code == 0
+    joined = ("data", "combine", tmp_path / "told", sources / "synth", "--run", tmp_path / "both", "--no-purge")
+    assert cli(*joined, "--leak-check", "off", "--json").json["described"] is True
+    captions = tables.read_table(tmp_path / "both" / "data" / "captions.parquet", "captions")
+    described = captions[captions["kind"].isin(("identity", "clothing"))]
+    assert set(described["source"]) == {"mllm"} and described["image_id"].str.startswith("cuhk-pedes:").all()
