@@ -460,9 +460,13 @@ def _save_whole(state: Mapping[str, Any], path: Path) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # PyTorch reports a full disk as a RuntimeError of its zip writer.
-        temporary.unlink(missing_ok=True)
+        # PyTorch reports a full disk as a RuntimeError of its zip writer, and an interrupted one too.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise DataError(f"Cannot write {path}: {str(error).splitlines()[0]}.", hint="Is the disk full?") from None
+    finally:
+        # Gone after a success; an interrupt may come at any moment before.
+        temporary.unlink(missing_ok=True)
 
 
 def _tensors(method: Method) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import build_method, unique_state
-from reidctl.training import TrainConfig, Trainer, build_optimizer, learning_rate_factor
+from reidctl.training import TrainConfig, Trainer, _save_whole, build_optimizer, learning_rate_factor
 
 SMALL = TrainConfig(
     epochs=4, batch=12, instances=3, lr=1e-3, lr_new=1e-3, warmup_epochs=0, log_every=1, device="cpu",
@@ -319,3 +319,24 @@ def test_alternating_batches_come_from_one_dataset_each(blocks, tmp_path):
     settings = SMALL.replace(epochs=1, sampler="alternating", batch=6, instances=3)
     found = [batch.domain.unique().tolist() for batch in batches_of(trainer(blocks, tmp_path, settings, name="irra"))]
     assert sorted(found) == [[0], [0], [1], [1]] and found[0] != found[1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_interrupt_while_the_state_is_written_is_an_interrupt_and_leaves_nothing(tmp_path, monkeypatch, wrapped):
+    """PyTorch's zip writer turns an interrupt in its midst into a RuntimeError."""
+
+    def save(state, stream):
+        stream.write(b"half")
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if wrapped:
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+            raise
+
+    monkeypatch.setattr("reidctl.training.torch.save", save)
+    (tmp_path / "state.pt").write_bytes(b"older")
+    with pytest.raises(KeyboardInterrupt):
+        _save_whole({}, tmp_path / "state.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert (tmp_path / "state.pt").read_bytes() == b"older"
