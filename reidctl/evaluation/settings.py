@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from reidctl.datasets.degrade import degrade
 from reidctl.errors import DataError, UsageError
 
 Pixels = npt.NDArray[np.uint8]
 
 TEXT_SETTINGS = ("standard", "identity-only", "clothes-conflict", "word-dropout", "typos", "truncation")
+# Those that `data degrade` makes too: one implementation, `datasets/degrade.py`.
+_KINDS = {"word-dropout": "drop", "typos": "typo", "truncation": "shorten"}
 IMAGE_SETTINGS = ("blur", "low-resolution", "occlusion", "illumination", "blank")
 
 
@@ -25,33 +28,6 @@ def stream(seed: int, *keys: str) -> np.random.Generator:
     """Return the random stream of one item: the same for the same seed and keys on every machine."""
     digest = hashlib.sha256("\x1f".join((str(seed), *keys)).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-
-
-def drop_words(text: str, share: float, rng: np.random.Generator) -> str:
-    """Return `text` with each word dropped with probability `share`; at least one word stays."""
-    words = text.split()
-    if not words:
-        return text
-    draw = rng.random(len(words))
-    kept = [word for word, chance in zip(words, draw, strict=True) if chance >= share]
-    return " ".join(kept or [words[int(draw.argmax())]])
-
-
-def add_typos(text: str, share: float, rng: np.random.Generator) -> str:
-    """Return `text` with neighbouring letters swapped in a share of the words of four letters or more."""
-    words = text.split()
-    for position, word in enumerate(words):
-        hit, place = rng.random(2)
-        if len(word) >= 4 and hit < share:
-            i = 1 + int(place * (len(word) - 2))  # the first letter stays: readers make typos inside words
-            words[position] = word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :]
-    return " ".join(words)
-
-
-def truncate(text: str, share: float) -> str:
-    """Return the first words of `text`, a share 1 - `share` of them, rounded up, at least one."""
-    words = text.split()
-    return " ".join(words[: max(1, int(np.ceil(len(words) * (1 - share))))])
 
 
 def conflicting_donors(clothing: Sequence[str], people: Sequence[str], *, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -114,15 +90,11 @@ def degrade_texts(
         UsageError: an unknown setting.
         DataError: texts that the setting needs are absent, or see `conflicting_donors`.
     """
-    per_text: dict[str, Callable[[str, np.random.Generator], str]] = {
-        "standard": lambda text, _: text,
-        "word-dropout": lambda text, rng: drop_words(text, share, rng),
-        "typos": lambda text, rng: add_typos(text, share, rng),
-        "truncation": lambda text, _: truncate(text, share),
-    }
-    if setting in per_text:
-        change = per_text[setting]
-        return [change(text, stream(seed, setting, item)) for item, text in zip(ids, texts, strict=True)]
+    if setting == "standard":
+        return list(texts)
+    if setting in _KINDS:
+        kind = _KINDS[setting]
+        return [degrade(text, kind, share, seed=seed, key=item) for item, text in zip(ids, texts, strict=True)]
     if setting not in TEXT_SETTINGS:
         raise UsageError(f"Unknown text setting {setting}.", hint=f"Known: {', '.join(TEXT_SETTINGS)}.")
     if identity is None:

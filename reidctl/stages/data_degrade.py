@@ -104,6 +104,8 @@ def run(
 def _find(source: Path) -> Source:
     if (source / "images.parquet").is_file():
         return find_source(Run(source.absolute().parent), data=source)
+    if Run(source).record("data") is None:
+        raise DataError(f"{source} is no run with a dataset.", hint="Make one with `reidctl data import` or `synth`.")
     return find_source(Run(source))
 
 

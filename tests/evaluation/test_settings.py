@@ -1,17 +1,15 @@
 import numpy as np
 import pytest
 
+from reidctl.datasets.degrade import degrade
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation.settings import (
     IMAGE_SETTINGS,
     TEXT_SETTINGS,
-    add_typos,
     conflicting_donors,
     degrade_image,
     degrade_texts,
-    drop_words,
     stream,
-    truncate,
 )
 
 IDS = [f"q{i}" for i in range(12)]
@@ -66,25 +64,10 @@ def test_clothes_conflict_is_refused_where_all_wear_the_same():
         conflicting_donors(["red"] * 3 + ["blue"], list("abcd"))
 
 
-def test_word_dropout_keeps_order_and_at_least_one_word():
-    rng = np.random.default_rng(0)
-    assert drop_words("one two three", 1.0, rng) in ("one", "two", "three")
-    assert drop_words("one two three", 0.0, rng) == "one two three"
-    assert drop_words("", 0.5, rng) == ""
-
-
-def test_a_typo_swaps_two_letters_inside_a_word():
-    found = add_typos("abcdefgh xyz", 1.0, np.random.default_rng(0))
-    word, short = found.split()
-    assert short == "xyz"
-    assert sorted(word) == list("abcdefgh")
-    assert word[0] == "a"
-    assert sum(a != b for a, b in zip(word, "abcdefgh", strict=True)) == 2
-
-
-def test_truncation_keeps_the_beginning():
-    assert truncate("a b c d e", 0.4) == "a b c"
-    assert truncate("a", 1.0) == "a"
+def test_text_noise_is_that_of_data_degrade():
+    for setting, kind in (("word-dropout", "drop"), ("typos", "typo"), ("truncation", "shorten")):
+        expected = [degrade(text, kind, 0.4, seed=2, key=item) for item, text in zip(IDS, TEXTS, strict=True)]
+        assert degrade_texts(setting, IDS, TEXTS, seed=2, share=0.4) == expected != TEXTS
 
 
 def test_settings_without_their_texts_or_of_unknown_name_are_refused():

@@ -132,7 +132,7 @@ def test_mistakes_are_refused_before_anything_is_written(source, tmp_path):
         degraded(source, tmp_path / "out", level=2)
     with pytest.raises(DataError, match="no `dev` split"):
         degraded(source, tmp_path / "out", splits=["dev"])
-    with pytest.raises(DataError, match="has no dataset"):
+    with pytest.raises(DataError, match="no run with a dataset"):
         degraded(Run(tmp_path / "nowhere"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
