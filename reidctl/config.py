@@ -58,7 +58,9 @@ def parse_section(cls: type[S], values: Mapping[str, Any] | None, where: str) ->
         if first["type"] == "extra_forbidden":
             owner, known = _known_keys(cls, first["loc"])
             raise UsageError(f"Unknown setting `{key}`.", hint=_nearest(str(first["loc"][-1]), known, owner)) from None
-        raise UsageError(f"Setting `{key}`: {first['msg']} (got {first['input']!r}).") from None
+        # Where a key belongs near a setting, people paste it into that setting: it is not repeated.
+        got = "" if key.endswith(("base_url", "key_env")) else f" (got {first['input']!r})"
+        raise UsageError(f"Setting `{key}`: {first['msg']}{got}.") from None
 
 
 def _known_keys(cls: type[Section], location: tuple[int | str, ...]) -> tuple[str, list[str]]:

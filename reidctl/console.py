@@ -33,7 +33,9 @@ def configure(*, quiet: bool = False) -> None:
 
 @contextmanager
 def progress(description: str, total: int | None, *, unit: str = "images") -> Iterator[Callable[..., None]]:
-    """Show how far a long task is, its rate and the time left; yields `advance(n=1)`.
+    """Show how far a long task is, its rate and the time left; yields `advance(n=1, note="")`.
+
+    A note (`$1.20 of $5.00`) replaces the last one.
 
     A terminal gets a live bar; a pipe or a log file gets one line every ten seconds and a last one.
     `--quiet` shows nothing.
@@ -41,7 +43,7 @@ def progress(description: str, total: int | None, *, unit: str = "images") -> It
     from rich.console import Console
 
     if not log.isEnabledFor(logging.INFO):
-        yield lambda n=1: None
+        yield lambda n=1, note="": None
     elif Console(stderr=True).is_terminal:
         with _bar(description, total, unit) as advance:
             yield advance
@@ -62,17 +64,20 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Callable[..
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
-        task = bar.add_task(description, total=total, rate="")
+        task = bar.add_task(description, total=total, rate="", note="")
         started = time.monotonic()
         done = 0
 
-        def advance(n: int = 1) -> None:
+        def advance(n: int = 1, note: str = "") -> None:
             nonlocal done
             done += n
             rate = done / max(time.monotonic() - started, 1e-9)
             bar.update(task, advance=n, rate=f"{rate:,.1f} {unit}/s")
+            if note:
+                bar.update(task, note=note)
 
         yield advance
 
@@ -83,10 +88,12 @@ class _PlainMeter:
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
+        self.note = ""
         self.started = self.reported = time.monotonic()
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
+        self.note = note or self.note
         if time.monotonic() - self.reported >= _PLAIN_INTERVAL_S:
             self.report()
 
@@ -102,4 +109,4 @@ class _PlainMeter:
             line += f", {seconds:.1f} s"
         elif self.total is not None and rate > 0:
             line += f", {max(self.total - self.done, 0) / rate:.0f} s left"
-        log.info(line)
+        log.info(f"{line}, {self.note}" if self.note else line)

@@ -1,17 +1,67 @@
-"""The offline text encoder for styles: hashed n-grams of neutral text beside measurements of its form."""
+"""Text encoders for styles: hashed n-grams beside measurements of form, CLIP's text tower, any sentence encoder."""
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from reidctl.captioning.form import measure
 
+Embed = Callable[[list[str]], npt.NDArray[Any]]
+
 _WIDTH = 384
 # How much of the unit vector each group takes; forms generalise over wording, words separate phrasings.
 _WORD_SHARE, _CHAR_SHARE, _FORM_SHARE = 0.5, 0.3, 0.7
+_BATCH = 256
+
+
+def make_embed(spec: str, device: str = "auto") -> Embed:
+    """Return the text encoder that `StyleConfig.encoder` names: texts -> float32 vectors (N, D), any scale.
+
+    `hashed` needs no weights; `sentence:ID or FOLDER` is any sentence encoder (`SentenceEncoder`); anything else is
+    the text tower of a backbone: `clip:NAME/TAG`, or the bare `NAME/TAG`.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; `hashed` uses none.
+
+    Raises:
+        UsageError: an unknown encoder, pooling or device.
+        DataError: weights that are missing or cannot be used.
+    """
+    if spec == "hashed":
+        return hashed
+    kind, _, source = spec.partition(":")
+    if kind == "sentence":
+        from reidctl.captioning.sentence import SentenceEncoder
+
+        return SentenceEncoder(source, device)
+    return _tower(spec if ":" in spec else f"clip:{spec}", device)
+
+
+def _tower(spec: str, device: str) -> Embed:
+    import torch
+
+    from reidctl.backbones.weights import build
+    from reidctl.console import progress
+    from reidctl.device import resolve_device
+
+    place = resolve_device(device)
+    backbone = build(spec).eval().to(place)
+
+    def embed(texts: list[str]) -> npt.NDArray[np.float32]:
+        # Each result goes into place at once; a list of parts would hold everything twice when it is joined.
+        out = np.zeros((len(texts), backbone.dim), np.float32)
+        with torch.inference_mode(), progress("embed texts", len(texts), unit="texts") as advance:
+            for start in range(0, len(texts), _BATCH):
+                tokens = backbone.tokenize(texts[start : start + _BATCH]).to(place)
+                out[start : start + len(tokens)] = backbone.encode_text(tokens).pooled.float().cpu().numpy()
+                advance(len(tokens))
+        return out
+
+    return embed
 
 
 def hashed(texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -37,7 +87,7 @@ def hashed(texts: Sequence[str]) -> npt.NDArray[np.float32]:
 
 
 def unit(vectors: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Return rows scaled to length 1; a zero row stays zero."""
+    """Return rows scaled to length 1, in their own precision; a zero row stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(norms > 0, norms, 1.0))
 

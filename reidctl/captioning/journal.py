@@ -1,14 +1,16 @@
 """Replies on disk as they come: append-only JSON lines that a kill at any moment leaves readable."""
 
 import fcntl
+import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from reidctl.captioning.backends.base import Key
 from reidctl.console import log
@@ -16,6 +18,7 @@ from reidctl.errors import DataError
 
 _SYNC_EVERY = 32
 _SYNC_SECONDS = 1.0
+_FINAL = ("ok", "rejected")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Entry:
         reason: why it is not ok.
         tokens_in, tokens_out: of this reply.
         coverage, clothing_words: from the checks.
+        codes: names of the checks that failed, for counting.
+        checks: digest of the check settings that judged the text; with other settings it is judged again, not asked.
+        model: who wrote it, for the price.
+        batch: whether it came at the batch price.
     """
 
     image_id: str
@@ -44,6 +51,10 @@ class Entry:
     tokens_out: int = 0
     coverage: float | None = None
     clothing_words: int = 0
+    codes: tuple[str, ...] = ()
+    checks: str = ""
+    model: str = ""
+    batch: bool = False
 
     @property
     def key(self) -> Key:
@@ -53,10 +64,128 @@ class Entry:
     @property
     def final(self) -> bool:
         """Whether it is never asked again; a failed one is, by the next run."""
-        return self.status in ("ok", "rejected")
+        return self.status in _FINAL
 
 
-class Journal:
+class Slot(NamedTuple):
+    """Where the entry that counts for a key lies, and what decides whether it is asked again.
+
+    Attributes:
+        part, offset, length: number of the part file, and the line's bytes in it.
+        status, attempt: of the entry.
+        stale: judged under other check settings than today's.
+    """
+
+    part: int
+    offset: int
+    length: int
+    status: str
+    attempt: int
+    stale: bool
+
+    @property
+    def final(self) -> bool:
+        """See `Entry.final`."""
+        return self.status in _FINAL
+
+
+class Usage(NamedTuple):
+    """Who was asked, and at which price."""
+
+    model: str
+    batch: bool
+
+
+class Index:
+    """The stored replies of a folder by key. The texts stay on disk: memory grows by about 300 bytes per reply.
+
+    The first final reply of a key counts; a final one that was judged under other check settings gives way to a later
+    one. Parts are read in the order of their names, so every machine comes to the same choice.
+
+    Args:
+        folder: of the parts `replies-*.jsonl`; need not exist.
+        checks: digest of today's check settings.
+    """
+
+    def __init__(self, folder: Path, checks: str = "") -> None:
+        self._folder = folder
+        self._checks = checks
+        self._slots: dict[bytes, Slot] = {}
+        self._parts: list[Path] = []
+        self._readers: dict[int, BinaryIO] = {}
+        self.tokens: Counter[tuple[Usage, str]] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def load(self) -> Self:
+        """Read all parts and return self."""
+        for path in sorted(self._folder.glob("replies-*.jsonl")):
+            number = self._number(path)
+            for entry, offset, length in _read_part(path):
+                self._keep(entry, number, offset, length)
+        return self
+
+    def find(self, key: Key) -> Slot | None:
+        """Return where the reply to a key lies; None if there is none."""
+        return self._slots.get(_short(key))
+
+    def read(self, slot: Slot) -> Entry:
+        """Return the reply at a place.
+
+        Raises:
+            DataError: the part file changed under us.
+        """
+        if slot.part not in self._readers:
+            self._readers[slot.part] = self._parts[slot.part].open("rb")
+        line = os.pread(self._readers[slot.part].fileno(), slot.length, slot.offset)
+        entry = _parse(line)
+        if entry is None:
+            raise DataError(f"{self._parts[slot.part]} changed while it was being read.", hint="Run the stage again.")
+        return entry
+
+    def entry(self, key: Key) -> Entry | None:
+        """Return the reply that counts for a key; None if there is none."""
+        slot = self.find(key)
+        return None if slot is None else self.read(slot)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield the reply that counts for every key."""
+        return (self.read(slot) for slot in self._slots.values())
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens sent, over every reply ever stored."""
+        return sum(count for (_, way), count in self.tokens.items() if way == "in")
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens received, over every reply ever stored."""
+        return sum(count for (_, way), count in self.tokens.items() if way == "out")
+
+    def close(self) -> None:
+        """Close the part files."""
+        for stream in self._readers.values():
+            stream.close()
+        self._readers.clear()
+
+    def _number(self, path: Path) -> int:
+        if path not in self._parts:
+            self._parts.append(path)
+        return self._parts.index(path)
+
+    def _keep(self, entry: Entry, part: int, offset: int, length: int) -> None:
+        used = Usage(entry.model, entry.batch)
+        self.tokens[used, "in"] += entry.tokens_in
+        self.tokens[used, "out"] += entry.tokens_out
+        short = _short(entry.key)
+        known = self._slots.get(short)
+        if known is None or not known.final or known.stale:
+            stale = entry.checks != self._checks
+            self._slots[short] = Slot(part, offset, length, entry.status, entry.attempt, stale)
+
+
+class Journal(Index):
     """The part files of a folder, and this process's own part open for appending.
 
     A line is handed to the system at once (a killed process loses none) and synced every second (a power cut loses
@@ -65,20 +194,19 @@ class Journal:
     Args:
         folder: of the parts `replies-*.jsonl`; all are read.
         part: name of the part this process writes.
+        checks: see `Index`.
 
     Raises:
         DataError: another process writes this part, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, part: str = "replies-000.jsonl") -> None:
+    def __init__(self, folder: Path, part: str = "replies-000.jsonl", checks: str = "") -> None:
+        super().__init__(folder, checks)
         self._path = folder / part
-        self._folder = folder
         self._stream: BinaryIO | None = None
+        self._end = 0
         self._unsynced = 0
         self._synced_at = 0.0
-        self.entries: dict[Key, Entry] = {}
-        self.tokens_in = 0
-        self.tokens_out = 0
 
     def __enter__(self) -> Self:
         try:
@@ -86,21 +214,20 @@ class Journal:
             self._stream = self._path.open("ab+", buffering=0)
         except OSError as error:
             raise DataError(f"Cannot write {self._path}: {error.strerror}.") from None
-        assert self._stream is not None
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._stream.close()
             raise DataError(f"Another process is writing {self._path}.", hint="Wait for it to finish.") from None
         _cut_unfinished_line(self._stream)
-        for entry in _read_parts(self._folder):
-            self._keep(entry)
-        return self
+        self._end = self._stream.seek(0, os.SEEK_END)
+        return self.load()
 
     def append(self, entry: Entry) -> None:
         """Store a reply."""
         assert self._stream is not None, "Journal is used as a context manager"
         line = json.dumps(asdict(entry)).encode("ascii") + b"\n"
+        offset, length = self._end, len(line)
         try:
             # An unbuffered write may be short (disk nearly full); the rest must follow or fail.
             while line:
@@ -110,14 +237,8 @@ class Journal:
                 self._sync()
         except OSError as error:
             raise DataError(f"Cannot write {self._path}: {error.strerror}.", hint="Is the disk full?") from None
-        self._keep(entry)
-
-    def _keep(self, entry: Entry) -> None:
-        self.tokens_in += entry.tokens_in
-        self.tokens_out += entry.tokens_out
-        known = self.entries.get(entry.key)
-        if known is None or not known.final:
-            self.entries[entry.key] = entry
+        self._end += length
+        self._keep(entry, self._number(self._path), offset, length)
 
     def _sync(self) -> None:
         assert self._stream is not None
@@ -130,6 +251,12 @@ class Journal:
         assert self._stream is not None
         self._sync()
         self._stream.close()
+        self.close()
+
+
+def _short(key: Key) -> bytes:
+    """A key in 16 bytes: the ids of a million images would fill the memory."""
+    return hashlib.blake2b("\0".join(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _cut_unfinished_line(stream: BinaryIO) -> None:
@@ -148,12 +275,31 @@ def _cut_unfinished_line(stream: BinaryIO) -> None:
         stream.truncate(end)
 
 
-def _read_parts(folder: Path) -> Iterator[Entry]:
-    for path in sorted(folder.glob("replies-*.jsonl")):
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    yield Entry(**json.loads(line))
-                except (ValueError, TypeError):
-                    # Another process may be writing its part: its last line is not an error.
-                    log.warning("caption: %s line %d is not a stored reply and is left out", path, number)
+def _read_part(path: Path) -> Iterator[tuple[Entry, int, int]]:
+    """Every stored reply of a part with its offset and length in bytes."""
+    offset = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            entry = _parse(line)
+            if entry is not None:
+                yield entry, offset, len(line)
+            elif line.endswith(b"\n"):
+                # A last line without its end is another process at work, not damage.
+                log.warning("caption: %s line %d is not a stored reply and is left out", path, number)
+            offset += len(line)
+
+
+_NAMES = frozenset(field.name for field in fields(Entry))
+
+
+def _parse(line: bytes) -> Entry | None:
+    """The reply in a line; fields of a later version are left out, those of an earlier one take their defaults."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row: dict[str, Any] = {name: value for name, value in json.loads(line).items() if name in _NAMES}
+        entry = Entry(**{**row, "codes": tuple(row.get("codes", ()))})
+    except (ValueError, TypeError, AttributeError):
+        return None
+    texts = (entry.image_id, entry.image_version, entry.kind, entry.prompt_sha256, entry.status)
+    return entry if all(isinstance(text, str) for text in texts) else None

@@ -3,26 +3,30 @@
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
-from reidctl.captioning.backends.base import Describer, Key, Reply, Request
+from reidctl.captioning.asking import NEUTRAL, Asker, checks_digest, stored_texts
+from reidctl.captioning.backends.base import Describer, Request
+from reidctl.captioning.budget import Ledger
 from reidctl.captioning.config import CaptionConfig
 from reidctl.captioning.embedding import hashed
-from reidctl.captioning.form import parse_instruction
-from reidctl.captioning.journal import Entry, Journal
-from reidctl.captioning.prompts import RETRY_MARK, Prompt, build_prompt, retry_text
-from reidctl.captioning.styles import Embed, discover_styles, style_of_image
-from reidctl.captioning.validation import check_reply
+from reidctl.captioning.journal import Entry, Index, Journal
+from reidctl.captioning.plan import Plan, part_name
+from reidctl.captioning.prompts import neutral_prompt
+from reidctl.captioning.styles import Embed, discover_styles
+from reidctl.captioning.validation import agreement
 from reidctl.console import log
-from reidctl.errors import DataError, RemoteError
-from reidctl.tables import empty, read_table, write_table, write_text
+from reidctl.errors import DataError, UsageError
+from reidctl.tables import TableWriter, empty, read_table, write_table, write_text
+
+_CHUNK = 20_000
+Stopped = Literal["budget", "pending", "part"]
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,36 @@ class CaptionRun:
     """What a run made.
 
     Attributes:
-        captions: rows of the `captions` table, one per image and kind.
+        path: the table of texts; not there when `stopped` is `pending` or `part`.
         styles: rows of the `styles` table.
         style_report: how the styles were found (`StyleReport.as_dict`), empty without styles.
-        totals: counts over all rows (`ok`, `rejected`, `failed`), over this run (`asked`, `resumed`), tokens over
-            everything stored, `coverage` (mean, ok texts), `clothing_words_in_identity` (found in all replies).
+        texts: rows by kind and status.
+        totals: counts over all rows (`ok`, `rejected`, `failed`) and over this process (`asked`, `resumed`,
+            `judged_again`, and `not_asked` where the budget was spent); tokens and `cost` over everything stored;
+            `coverage` (mean over ok texts), `agreement` (share of statements that fit the known attributes),
+            `clothing_words_in_identity` (found in all replies).
+        codes: how often each check failed in the end.
+        first_reason: why the first text without success has none.
+        stopped: None when every text has its outcome; `budget` when `max_cost` ended the run, `pending` when requests
+            are open in a batch, `part` when this was one shard.
+        pending: requests open at the provider.
     """
 
-    captions: pd.DataFrame
+    path: Path
     styles: pd.DataFrame
     style_report: dict[str, Any]
+    texts: dict[str, dict[str, int]]
     totals: dict[str, float]
+    codes: dict[str, int]
+    first_reason: str | None
+    stopped: Stopped | None = None
+    pending: int = 0
+
+    @property
+    def captions(self) -> pd.DataFrame:
+        """Rows of the `captions` table, one per image and kind."""
+        frame: pd.DataFrame = read_table(self.path, "captions")
+        return frame
 
 
 def caption_images(
@@ -52,7 +75,8 @@ def caption_images(
     *,
     embed: Embed = hashed,
     root: Path | None = None,
-    advance: Callable[[int], None] | None = None,
+    ledger: Ledger | None = None,
+    advance: Callable[[int, str], None] | None = None,
 ) -> CaptionRun:
     """Write two texts per image, resuming what an earlier run stored in `out_dir`.
 
@@ -67,213 +91,130 @@ def caption_images(
         out_dir: where the run lives.
         embed: neutral texts -> vectors, for the styles.
         root: folder that relative image paths start from.
-        advance: told the number of rows finished.
+        ledger: prices and budget; default: neither.
+        advance: told the number of rows finished, and now and then what was spent.
 
     Raises:
         RemoteError: the service refuses everything; what was stored stays and the next run goes on from there.
         DataError: the folder cannot be written or another process writes it.
     """
-    styles, report = _styles(images, captions, config, out_dir, embed)
-    plan = _Plan(images, styles, describer, config, root)
-    tick = advance or (lambda n: None)
-    with Journal(out_dir / "parts") as journal:
-        counts = _ask_all(plan, journal, describer, config, tick)
-        frame = plan.table(journal.entries)
-        totals = _totals(frame, plan, journal, counts)
-    write_table(out_dir / "captions.parquet", "captions", frame)
-    return CaptionRun(frame, styles, report, totals)
-
-
-class _Plan:
-    """Which texts are wanted: the requests, in order, and the rows that they become."""
-
-    def __init__(
-        self, images: pd.DataFrame, styles: pd.DataFrame, describer: Describer, config: CaptionConfig, root: Path | None
-    ) -> None:
-        wanted = len(images) if config.limit is None else config.limit
-        self._images = images.drop_duplicates("image_id").head(wanted)
-        self._instruction: dict[str | None, str] = dict(zip(styles["style_id"], styles["instruction"], strict=True))
-        self._instruction[None] = ""
-        self._style_ids = styles["style_id"].tolist()
-        self._describer = describer
-        self._config = config
-        self._root = root
-        self._prompts: dict[tuple[str, str | None], Prompt] = {}
-
-    def __len__(self) -> int:
-        return len(self._images) * len(self._config.kinds)
-
-    def requests(self) -> Iterator[Request]:
-        """Yield the first attempt of every text."""
-        columns = (self._column(name) for name in ("image_id", "path", "sha256", "attributes"))
-        for image_id, path, sha256, given in zip(*columns, strict=True):
-            attributes = dict(given) if isinstance(given, Mapping) else {}
-            style_id = style_of_image(image_id, self._style_ids, seed=self._config.seed)
-            for kind in self._config.kinds:
-                prompt = self._prompt(kind, style_id)
-                yield Request(
-                    image_id=image_id,
-                    image_path=str(self._root / path if self._root else path),
-                    kind=kind,
-                    system=prompt.system,
-                    prompt=prompt.text,
-                    digest=prompt.digest,
-                    style_id=style_id,
-                    instruction=self._instruction[style_id],
-                    attributes=attributes,
-                    image_version=self._version(sha256, attributes),
-                )
-
-    def table(self, entries: Mapping[Key, Entry]) -> pd.DataFrame:
-        """Return the `captions` rows of all wanted texts that have an entry."""
-        rows = [
-            _row(request, entry, self._describer) for request in self.requests() if (entry := entries.get(request.key))
-        ]
-        # object: an absent text stays None, as the tables read it back, and does not become NaN
-        frame = pd.DataFrame(rows, dtype=object) if rows else empty("captions")
-        return frame[list(empty("captions").columns)]
-
-    def _column(self, name: str) -> list[Any]:
-        return self._images[name].tolist() if name in self._images else [None] * len(self._images)
-
-    def _version(self, sha256: str | None, attributes: Mapping[str, str]) -> str:
-        """The image's digest; where the text comes from the attributes, theirs."""
-        if self._describer.source != "template":
-            return sha256 or ""
-        return hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()
-
-    def _prompt(self, kind: str, style_id: str | None) -> Prompt:
-        if (kind, style_id) not in self._prompts:
-            instruction = self._instruction[style_id]
-            self._prompts[kind, style_id] = build_prompt(kind, instruction, self._config, model=self._describer.model)
-        return self._prompts[kind, style_id]
-
-
-def _ask_all(
-    plan: _Plan, journal: Journal, describer: Describer, config: CaptionConfig, tick: Callable[[int], None]
-) -> Counter[str]:
-    """Ask for everything that is not stored; then, in rounds, for what failed its checks."""
-    counts: Counter[str] = Counter()
-    again: list[Request] = []
-    streak = 0
-    source: Iterator[Request] = _open_requests(plan, journal, counts, tick)
-    while True:
-        with closing(describer.describe(source)) as replies:
-            for reply in replies:
-                entry = _judge(reply, describer, config)
-                journal.append(entry)
-                counts["asked"] += 1
-                if entry.status == "retry":
-                    again.append(_next_attempt(reply.request, entry))
-                else:
-                    tick(1)
-                streak = streak + 1 if entry.status == "failed" else 0
-                if streak >= config.remote.max_failures and describer.source == "mllm" and describer.name != "replay":
-                    raise RemoteError(f"{streak} requests in a row failed, the last one: {entry.reason}.")
-        if not again:
-            return counts
-        log.info("caption: %d replies failed a check and are asked again", len(again))
-        source, again = iter(again), []
-
-
-def _open_requests(
-    plan: _Plan, journal: Journal, counts: Counter[str], tick: Callable[[int], None]
-) -> Iterator[Request]:
-    """The requests without a final reply, each at the attempt where an earlier run left it."""
-    for request in plan.requests():
-        entry = journal.entries.get(request.key)
-        if entry is not None and entry.final:
-            counts["resumed"] += 1
-            tick(1)
-        elif entry is not None and entry.status == "retry":
-            yield _next_attempt(request, entry)
+    account = ledger or Ledger()
+    tick = advance or (lambda n, note: None)
+    with Journal(out_dir / "parts", part_name(config.shard), checks_digest(config)) as journal:
+        account.pay_for(journal)
+        asker = Asker(describer, config, journal, account, tick)
+        styles, report, waiting = _styles(images, captions, asker, out_dir, embed)
+        plan = Plan(images, styles, describer, config, root)
+        _warn_of_other_prompts(plan, journal)
+        # Without styles yet, or without money for them, no image is asked about.
+        pending = waiting or (0 if account.stopped else asker.ask(plan.requests()))
+        stopped: Stopped | None = (
+            "pending" if pending else "budget" if account.stopped else "part" if config.shard else None
+        )
+        tally = _Tally(absent="open" if pending else "failed")
+        if stopped in (None, "budget") and not (stopped and config.shard):
+            _write(out_dir / "captions.parquet", plan, journal, tally)
         else:
-            yield request
-
-
-def _next_attempt(request: Request, entry: Entry) -> Request:
-    # The first prompt is kept below the reason of the last attempt only: reasons must not pile up.
-    first = request.prompt.split(RETRY_MARK, 1)[0]
-    return replace(request, prompt=retry_text(first, entry.reason or "unknown"), attempt=entry.attempt + 1)
-
-
-def _judge(reply: Reply, describer: Describer, config: CaptionConfig) -> Entry:
-    """The journal entry for a reply: checked, and either kept, refused for good, or marked for another attempt."""
-    request = reply.request
-    entry = Entry(
-        image_id=request.image_id,
-        image_version=request.image_version,
-        kind=request.kind,
-        prompt_sha256=request.digest,
-        attempt=request.attempt,
-        status=reply.status,
-        text=reply.text,
-        reason=reply.reason,
-        tokens_in=reply.tokens_in,
-        tokens_out=reply.tokens_out,
+            tally.count(plan, journal)
+        totals = {**tally.totals(), **_spent(journal, account), **{k: float(v) for k, v in asker.counts.items()}}
+    return CaptionRun(
+        path=out_dir / "captions.parquet",
+        styles=styles,
+        style_report=report,
+        texts={kind: dict(counts) for kind, counts in tally.texts.items()},
+        totals=totals,
+        codes=dict(tally.codes.most_common()),
+        first_reason=tally.first_reason,
+        stopped=stopped,
+        pending=pending,
     )
-    if reply.status == "ok":
-        verdict = check_reply(
-            reply.text or "",
-            request.kind,
-            config,
-            prompt=request.prompt,
-            form=parse_instruction(request.instruction) if request.instruction else None,
-            # A model must say all we expect; a template can only say what is known.
-            attributes=request.attributes if describer.source == "template" else None,
+
+
+def _warn_of_other_prompts(plan: Plan, stored: Index) -> None:
+    """Say so before a second bill: replies are there, but none of them answers what is asked now."""
+    if len(stored) and len(plan) and not any(stored.find(request.key) for request in plan.requests()):
+        log.warning(
+            "caption: none of the %d stored replies belongs to these prompts (another model, style or setting), so "
+            "everything is asked anew",
+            len(stored),
         )
-        entry = replace(
-            entry,
-            status="ok" if verdict.ok else "rejected",
-            text=verdict.text,
-            reason="; ".join(verdict.reasons) or None,
-            coverage=verdict.coverage,
-            clothing_words=len(verdict.clothing_words),
-        )
-    # A template gives the same text again: another attempt would only cost time.
-    retry = entry.status == "rejected" and request.attempt <= config.retries and describer.source != "template"
-    return replace(entry, status="retry") if retry else entry
 
 
-def _row(request: Request, entry: Entry, describer: Describer) -> dict[str, Any]:
-    name = hashlib.sha256("\0".join(entry.key).encode("utf-8", "surrogatepass")).hexdigest()[:20]
-    # A retry that nobody came back for (the run was stopped) has no usable text either.
-    status = "failed" if entry.status == "retry" else entry.status
-    return {
-        "caption_id": f"{request.kind}-{name}",
-        "image_id": request.image_id,
-        "kind": request.kind,
-        "source": describer.source,
-        "conditioned_on": "image",
-        "text": entry.text if status == "ok" else None,
-        "parent_id": None,
-        "char_start": None,
-        "char_end": None,
-        "style_id": request.style_id,
-        "model": describer.model,
-        "prompt_sha256": request.digest,
-        "status": status,
-        "reason": entry.reason,
-    }
+@dataclass
+class _Tally:
+    """Counts over the wanted texts, taken while they stream by; `absent` is the status of one without a reply."""
+
+    absent: str = "failed"
+    texts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    codes: Counter[str] = field(default_factory=Counter)
+    first_reason: str | None = None
+    _coverage: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _agreement: list[int] = field(default_factory=lambda: [0, 0])
+    _clothing_words: int = 0
+
+    def count(self, plan: Plan, stored: Index) -> None:
+        """Count all texts of a plan."""
+        for request in plan.requests():
+            entry = stored.entry(request.key)
+            self.add(plan.row(request, entry), request, entry)
+
+    def add(self, row: dict[str, Any], request: Request, entry: Entry | None) -> None:
+        """Count one text."""
+        status = self.absent if entry is None else row["status"]
+        self.texts[row["kind"]][status] += 1
+        if status not in ("ok", "open"):
+            self.codes.update(entry.codes or ("failed",) if entry is not None else ("not-asked",))
+            self.first_reason = self.first_reason or row["reason"]
+        if entry is None:
+            return
+        if entry.kind == "identity":
+            self._clothing_words += entry.clothing_words
+        if row["status"] == "ok":
+            if entry.coverage is not None:
+                self._coverage = [self._coverage[0] + entry.coverage, self._coverage[1] + 1]
+            if request.attributes:
+                right, wrong = agreement(row["text"], row["kind"], request.attributes)
+                self._agreement = [self._agreement[0] + right, self._agreement[1] + right + wrong]
+
+    def totals(self) -> dict[str, float]:
+        """Return the sums over all kinds."""
+        status = sum(self.texts.values(), Counter[str]())
+        return {
+            "rows": status.total(),
+            **{name: status[name] for name in ("ok", "rejected", "failed")},
+            "asked": 0,
+            "resumed": 0,
+            "judged_again": 0,
+            "not_asked": self.codes["not-asked"],
+            "coverage": self._coverage[0] / self._coverage[1] if self._coverage[1] else math.nan,
+            "agreement": self._agreement[0] / self._agreement[1] if self._agreement[1] else math.nan,
+            "clothing_words_in_identity": self._clothing_words,
+        }
 
 
-def _totals(frame: pd.DataFrame, plan: _Plan, journal: Journal, counts: Counter[str]) -> dict[str, float]:
-    wanted = {request.key for request in plan.requests()}
-    entries = [entry for key, entry in journal.entries.items() if key in wanted]
-    covered = [entry.coverage for entry in entries if entry.status == "ok" and entry.coverage is not None]
-    status = Counter(frame["status"])
-    return {
-        "rows": len(frame),
-        "ok": status["ok"],
-        "rejected": status["rejected"],
-        "failed": status["failed"],
-        "asked": counts["asked"],
-        "resumed": counts["resumed"],
-        "tokens_in": journal.tokens_in,
-        "tokens_out": journal.tokens_out,
-        "coverage": sum(covered) / len(covered) if covered else math.nan,
-        "clothing_words_in_identity": sum(entry.clothing_words for entry in entries if entry.kind == "identity"),
-    }
+def _write(path: Path, plan: Plan, stored: Index, tally: _Tally) -> None:
+    """The table of texts, in the order of the images, a chunk at a time."""
+    rows: list[dict[str, Any]] = []
+    with TableWriter(path, "captions") as writer:
+        for request in plan.requests():
+            entry = stored.entry(request.key)
+            rows.append(plan.row(request, entry))
+            tally.add(rows[-1], request, entry)
+            if len(rows) >= _CHUNK:
+                writer.write(_frame(rows))
+                rows = []
+        writer.write(_frame(rows))
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    # object: an absent text stays None, as the tables read it back, and does not become NaN
+    columns = empty("captions").columns
+    return pd.DataFrame(rows, dtype=object)[list(columns)] if rows else empty("captions")
+
+
+def _spent(journal: Index, ledger: Ledger) -> dict[str, float]:
+    cost = math.nan if ledger.price is None else ledger.spent
+    return {"tokens_in": journal.tokens_in, "tokens_out": journal.tokens_out, "cost": cost}
 
 
 def train_captions(images: pd.DataFrame, captions: pd.DataFrame) -> list[str]:
@@ -290,41 +231,142 @@ def train_captions(images: pd.DataFrame, captions: pd.DataFrame) -> list[str]:
 
 
 def _styles(
-    images: pd.DataFrame, captions: pd.DataFrame | None, config: CaptionConfig, out_dir: Path, embed: Embed
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The styles of an earlier run on the same captions and settings, else new ones.
-
-    They are kept because the prompts, and with them the keys of all paid replies, depend on them: an encoder that
-    rounds differently on another machine must not make a resumed run pay again.
-    """
-    texts = train_captions(images, captions) if captions is not None and config.style.algorithm != "none" else []
+    images: pd.DataFrame, captions: pd.DataFrame | None, asker: Asker, out_dir: Path, embed: Embed
+) -> tuple[pd.DataFrame, dict[str, Any], int]:
+    """The styles, how they were found, and how many neutral texts are still open at the provider."""
+    config = asker.config
+    texts = style_texts(images, captions, config)
     if not texts:
-        if config.style.algorithm != "none":
-            log.warning("styles: no human captions of train images, so the texts follow no style")
         table: pd.DataFrame = empty("styles")
         write_table(out_dir / "styles.parquet", "styles", table)
-        return table, {}
-    identity = json.dumps([texts, config.style.model_dump(), config.seed], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
-    path, note = out_dir / "styles.parquet", out_dir / "styles.json"
-    if path.is_file() and (stored := _stored_report(note, fingerprint)) is not None:
-        return read_table(path, "styles"), stored
+        return table, {}, 0
+    fingerprint = _fingerprint(texts, config, asker.describer)
+    stored = stored_styles(out_dir, fingerprint)
+    if stored is not None:
+        return *stored, 0
+    neutral: list[str] | None = None
+    if config.style.neutralise == "mllm":
+        wanted = list(neutral_requests(texts, config, asker.describer))
+        if waiting := asker.ask(wanted):
+            return empty("styles"), {}, waiting
+        if asker.ledger.stopped:
+            return empty("styles"), {}, 0
+        told = stored_texts(asker.journal, wanted)
+        # A caption that the model failed on is neutralised by the lexicon: it must not be left out of the styles.
+        neutral = [told.get(_caption_id(text), text) for text in texts]
+        log.info("styles: %d of %d captions neutralised by %s", len(told), len(wanted), asker.describer.model)
+    styles = discover_styles(texts, embed, config.style, seed=config.seed, neutral=neutral)
+    return *_keep(out_dir, styles.table, styles.report.as_dict(), fingerprint), 0
+
+
+def preview_styles(
+    texts: list[str], config: CaptionConfig, describer: Describer, out_dir: Path, embed: Embed
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the styles that a run would use and how they are found; nothing is asked or written.
+
+    Where a model is to neutralise the captions first and has not, there are none yet.
+    """
+    if not texts:
+        return empty("styles"), {}
+    stored = stored_styles(out_dir, _fingerprint(texts, config, describer))
+    if stored is not None:
+        return stored
+    if config.style.neutralise == "mllm":
+        return empty("styles"), {}
     styles = discover_styles(texts, embed, config.style, seed=config.seed)
-    note.unlink(missing_ok=True)  # a kill between the two writes must not pair old and new
-    write_table(path, "styles", styles.table)
     report = styles.report.as_dict()
-    write_text(note, json.dumps({"fingerprint": fingerprint, "report": report}, indent=1))
-    eps = "" if report["eps"] is None else f", eps {report['eps']:.4f}"
-    noise = 100 * report["noise"]
-    log.info("styles: %d styles among %d captions%s, noise %.1f%%", report["clusters"], len(texts), eps, noise)
+    log_styles(report)
     return styles.table, report
 
 
-def _stored_report(note: Path, fingerprint: str) -> dict[str, Any] | None:
-    if not note.is_file():
+def style_texts(images: pd.DataFrame, captions: pd.DataFrame | None, config: CaptionConfig) -> list[str]:
+    """Return the captions that the styles are fitted on; empty, with a warning, where there are none."""
+    if config.style.algorithm == "none":
+        return []
+    texts = train_captions(images, captions) if captions is not None else []
+    if not texts:
+        log.warning("styles: no human captions of train images, so the texts follow no style")
+    return texts
+
+
+def neutral_requests(texts: Sequence[str], config: CaptionConfig, describer: Describer) -> list[Request]:
+    """Return one request per distinct caption: the same sentence with general words in place of its content.
+
+    Raises:
+        UsageError: the describer writes from images or records only.
+    """
+    if describer.name not in ("openai", "command", "hf"):
+        raise UsageError(
+            f"`{describer.name}` cannot neutralise captions.", hint="Use caption.style.neutralise=lexicon with it."
+        )
+    found = []
+    for text in sorted(set(texts)):
+        prompt = neutral_prompt(text, config, model=describer.model)
+        found.append(
+            Request(
+                image_id=_caption_id(text),
+                image_path="",
+                kind=NEUTRAL,
+                system=prompt.system,
+                prompt=prompt.text,
+                digest=prompt.digest,
+                attributes={"caption": text},
+            )
+        )
+    return found
+
+
+def _caption_id(text: str) -> str:
+    return "caption:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def _fingerprint(texts: list[str], config: CaptionConfig, describer: Describer) -> str:
+    # What is left at its default is left out: a setting that a later version adds must not change the styles, and with
+    # them all prompts, of a run that has been paid for.
+    known: list[Any] = [texts, config.style.model_dump(exclude_defaults=True), config.seed]
+    if config.style.neutralise == "mllm":
+        known.append(describer.model)
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def stored_styles(out_dir: Path, fingerprint: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+    """Return the styles of an earlier run on the same captions and settings, and their report; None without.
+
+    They are kept because the prompts, and with them the keys of all paid replies, depend on them: an encoder that
+    rounds differently on another machine must not make a resumed run pay again.
+
+    Raises:
+        DataError: the note beside them is damaged.
+    """
+    path, note = out_dir / "styles.parquet", out_dir / "styles.json"
+    if not (path.is_file() and note.is_file()):
         return None
     try:
         stored = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
         raise DataError(f"{note} is not valid JSON.", hint="Delete it; the styles are found again.") from None
-    return dict(stored["report"]) if stored.get("fingerprint") == fingerprint else None
+    if stored.get("fingerprint") != fingerprint:
+        return None
+    return read_table(path, "styles"), dict(stored["report"])
+
+
+def _keep(
+    out_dir: Path, table: pd.DataFrame, report: dict[str, Any], fingerprint: str
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    note = out_dir / "styles.json"
+    note.unlink(missing_ok=True)  # a kill between the two writes must not pair old and new
+    write_table(out_dir / "styles.parquet", "styles", table)
+    write_text(note, json.dumps({"fingerprint": fingerprint, "report": report}, indent=1))
+    log_styles(report)
+    return table, report
+
+
+def log_styles(report: dict[str, Any]) -> None:
+    """Say how the styles were found."""
+    eps = "" if report["eps"] is None else f", eps {report['eps']:.4f}"
+    merged = f" ({report['found']} found, {report['merged']} merged)" if report["merged"] else ""
+    noise = 100 * report["noise"]
+    clusters, captions = report["clusters"], report["captions"]
+    log.info("styles: %d styles%s among %d captions%s, noise %.1f%%", clusters, merged, captions, eps, noise)
+    for note in report["notes"]:
+        log.info("styles: %s", note)

@@ -45,7 +45,9 @@ def emit(record: Mapping[str, Any], *, run: Path, as_json: bool, lines: Sequence
         internal = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format")
         write([json.dumps(_strict({k: v for k, v in shown.items() if k not in internal}), default=str)])
         return
-    done = "up to date" if record["status"] == "up-to-date" else f"done in {record['seconds']:.1f} s"
+    status = record["status"]
+    # `pending`, `part`, `dry-run`: the stage is not finished, and its name says why.
+    done = "up to date" if status == "up-to-date" else f"{status.replace('-', ' ')} in {record['seconds']:.1f} s"
     write([*lines, f"{record['stage']}: {done}"])
 
 

@@ -24,6 +24,7 @@ from reidctl.methods.base import Method, build_method, method_class, method_name
 from reidctl.pixels import PixelStore
 from reidctl.retrieval.exact import evaluate_ranking
 from reidctl.runs import Run, fingerprint
+from reidctl.stages.noise import exchange_descriptions
 from reidctl.stages.sources import DataSettings, find_source
 from reidctl.training import Outcome, TrainConfig, Trainer, Validate
 
@@ -95,7 +96,7 @@ def run(
 
     Args:
         run: where the stage writes.
-        recipe: sections `method`, `backbone`, `train` and `seed` are read.
+        recipe: sections `method`, `backbone`, `train`, `data` and `seed` are read.
         method: a method or preset name; wins over the recipe's.
         data: the dataset folder; default: the run's.
         captions: the table of identity and clothing texts; default: the run's.
@@ -115,7 +116,7 @@ def run(
     described = parse_section(method_class(name).Config, settings, "method")
     target = resolve_device(training.device)
     source = find_source(run, data, captions)
-    guarding = parse_section(DataSettings, recipe.get("data"), "data").leak_check
+    handling = parse_section(DataSettings, recipe.get("data"), "data")
     seed = int(recipe.get("seed", 0))
     resolved = {
         "seed": seed,
@@ -124,15 +125,17 @@ def run(
         # What cannot change the weights does not make a training another one.
         "train": training.model_dump(exclude={"device", "workers", "cache_mb", "log_every"}),
         "device": target.type,
+        # Only where it is used: runs from before it existed stay up to date.
+        **({"description_noise": handling.description_noise} if handling.description_noise else {}),
     }
     inputs = source.digests()
     # Before asking whether anything changed: a stricter check must not be skipped.
-    notes = guard(tables.read_table(source.images, "images"), guarding)
+    notes = guard(tables.read_table(source.images, "images"), handling.leak_check)
     current = None if force else run.up_to_date(STAGE, resolved, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
-    corpus = source.corpus()
+    corpus = exchange_descriptions(source.corpus(), handling.description_noise, seed=seed)
     run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
     if force:

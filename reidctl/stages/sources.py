@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from reidctl import tables
 from reidctl.config import Section
@@ -24,6 +24,8 @@ class DataSettings(Section):
     """A file that says who is who across datasets; read by `data combine`."""
     purge: bool = True
     """Whether `data combine` takes people of a test split out of every training split."""
+    description_noise: float = Field(0.0, ge=0, le=1)
+    """Share of described train images that `finetune` gives the texts of another person: a study of their quality."""
 
     @field_validator("leak_check", mode="before")
     @classmethod

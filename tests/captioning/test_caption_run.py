@@ -17,9 +17,8 @@ from sixstyles import captions as write_captions
 
 from reidctl.captioning.backends.base import Reply, Request, failed, make_describer
 from reidctl.captioning.config import CaptionConfig, RemoteConfig, StyleConfig
-from reidctl.captioning.journal import Entry, Journal
 from reidctl.captioning.run import CaptionRun, caption_images, train_captions
-from reidctl.errors import DataError, RemoteError
+from reidctl.errors import RemoteError
 from reidctl.tables import read_table
 
 ATTRIBUTES = {
@@ -45,7 +44,8 @@ def human(images: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
 class Stub:
     """Answers from a function and counts what it was asked."""
 
-    name, model, source = "stub", "stub-1", "mllm"
+    name, model, source = "command", "stub-1", "mllm"
+    deferred = repeats = False
 
     def __init__(self, answer=None) -> None:
         self.seen: Counter[tuple[str, str]] = Counter()
@@ -224,41 +224,6 @@ def test_no_prompt_holds_a_human_caption(tmp_path: Path) -> None:
     stub = Stub()
     caption_images(images, human(images, ["Zanzibar man in a red shirt."] * 48), stub, CaptionConfig(), tmp_path)
     assert stub.prompts and not any("Zanzibar" in prompt for prompt in stub.prompts)
-
-
-def entry(image: str, status: str = "ok") -> Entry:
-    return Entry(image, "0", "identity", "d", 1, status, "text", None)
-
-
-def test_a_line_cut_by_a_kill_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
-        journal.append(entry("a"))
-        journal.append(entry("b"))
-    part = tmp_path / "replies-000.jsonl"
-    whole = part.read_bytes()
-    for cut in (1, 2, 50, len(whole.splitlines(keepends=True)[1]) - 1):
-        part.write_bytes(whole[:-cut])
-        with Journal(tmp_path) as journal:
-            assert [key[0] for key in journal.entries] == ["a"]
-            journal.append(entry("c"))
-        with Journal(tmp_path) as journal:
-            assert [key[0] for key in journal.entries] == ["a", "c"]
-
-
-def test_all_parts_are_read_and_one_process_writes_a_part(tmp_path: Path) -> None:
-    with Journal(tmp_path, "replies-001.jsonl") as other:
-        other.append(entry("b"))
-        with Journal(tmp_path) as journal:
-            assert [key[0] for key in journal.entries] == ["b"]
-            with pytest.raises(DataError, match="Another process"), Journal(tmp_path):
-                pass
-
-
-def test_a_failed_entry_is_replaced_and_a_final_one_stays(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
-        for status in ("failed", "ok", "failed"):
-            journal.append(entry("a", status))
-        assert [kept.status for kept in journal.entries.values()] == ["ok"]
 
 
 SLOW = """

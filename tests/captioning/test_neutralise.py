@@ -48,6 +48,16 @@ def test_any_text_is_only_text(text: str) -> None:
     assert isinstance(neutralise(text), str)
 
 
+@pytest.mark.covers(125)
+@pytest.mark.parametrize(
+    "word",
+    ["sari", "kurta", "bandana", "earbuds", "clutch", "off-white", "tie-dye", "cashmere", "broad-shouldered", "balding",
+     "portly", "high-waisted", "slip-on", "henley", "scrubs"],
+)  # fmt: skip
+def test_rarer_attribute_words_are_gone_too(word: str) -> None:
+    assert word not in neutralise(f"A person with {word} is walking.").lower()
+
+
 def test_case_follows_the_caption() -> None:
     assert neutralise("a man walks. a bag is red.")[0].islower()
     assert neutralise("A man walks.").startswith("Person")

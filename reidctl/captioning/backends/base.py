@@ -1,8 +1,9 @@
 """The contract between the run and a describer, and the choice of one by name."""
 
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from reidctl.captioning.config import CaptionConfig
@@ -17,12 +18,13 @@ class Request:
     """One text to write.
 
     Attributes:
-        image_id, image_path: the image; the path comes from the images table, never from a model.
-        kind: `identity` or `clothing`.
+        image_id, image_path: the image; the path comes from the images table, never from a model. The path is empty
+            where no image belongs to the request (`neutral`).
+        kind: `identity` or `clothing`; `neutral` when a caption of the train split is to lose its content.
         system, prompt: what to ask; equal for all images of one kind and style.
         digest: of the prompt, the model and the settings (`prompts.build_prompt`).
         style_id, instruction: the style, already part of the prompt; for describers that follow it themselves.
-        attributes: what is known of this image; only `template` reads it.
+        attributes: what is known of this image; only `template` and `command` read it.
         image_version: changes when the image does; a stored reply answers one version only.
         attempt: 1 for the first time, more after a failed check.
     """
@@ -72,18 +74,30 @@ class Describer(Protocol):
         name: of the backend.
         model: recorded with every text and part of the prompt digest.
         source: the captions table's `source`: `mllm` or `template`.
+        deferred: whether `describe` may end before every request has its reply (an open batch).
+        repeats: whether asking again gives the same text, so that a refused one is refused for good.
     """
 
     name: str
     model: str
     source: str
+    deferred: bool
+    repeats: bool
 
     def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
-        """Yield one reply per request, in any order.
+        """Yield one reply per request, in any order; a deferred describer leaves out those that are still open.
 
         `requests` is read as replies are consumed, never all at once. A problem with one item is a `failed` reply;
         RemoteError is for what will fail every item (a dead key, a missing model).
         """
+        ...
+
+
+class Deferred(Describer, Protocol):
+    """A describer whose replies may come to a later process."""
+
+    def paid(self) -> Callable[[Request], bool]:
+        """Return a test for requests that cost no more: sent by an earlier process, or answered and not stored yet."""
         ...
 
 
@@ -97,16 +111,23 @@ def rejected(request: Request, reason: str, *, tokens_in: int = 0, tokens_out: i
     return Reply(request, "rejected", reason=reason[:_REASON_LIMIT], tokens_in=tokens_in, tokens_out=tokens_out)
 
 
-def make_describer(config: CaptionConfig) -> Describer:
-    """Return the describer that `config.mllm` names. Nothing is contacted before the first request.
+def make_describer(config: CaptionConfig, folder: Path | None = None) -> Describer:
+    """Return the describer that `config.mllm` names. No service is contacted and no model is
+    loaded before the first request; `file:` and `replay:` read their file here.
 
-    `template`, `replay:FILE`, `command:PROGRAM ARGS`, `openai:MODEL`, or the bare name of an OpenAI model
-    (`gpt-4`). With a base URL any bare name is a model of that server.
+    `template`, `replay:FILE`, `file:FILE`, `command:PROGRAM ARGS`, `hf:ID or FOLDER`, `openai:MODEL`, or the bare
+    name of an OpenAI model (`gpt-4`). With a base URL any bare name is a model of that server.
+
+    Args:
+        config: the `caption` section.
+        folder: where a describer keeps what must outlive the process: the open batches.
 
     Raises:
         UsageError: no such describer.
     """
     name, _, argument = config.mllm.partition(":")
+    if config.batch.enabled and name in ("template", "replay", "file", "command", "hf"):
+        raise UsageError(f"`{config.mllm}` has no batch service.", hint="--batch is for OpenAI and servers like it.")
     if config.mllm == "template":
         from reidctl.captioning.backends.template import TemplateDescriber
 
@@ -115,16 +136,32 @@ def make_describer(config: CaptionConfig) -> Describer:
         from reidctl.captioning.backends.replay import ReplayDescriber
 
         return ReplayDescriber(argument)
+    if name == "file" and argument:
+        from reidctl.captioning.backends.file import FileDescriber
+
+        return FileDescriber(argument)
+    if name == "hf" and argument:
+        from reidctl.captioning.backends.local import LocalDescriber
+
+        return LocalDescriber(argument, config)
     if name == "command" and argument:
         from reidctl.captioning.backends.command import CommandDescriber
 
         return CommandDescriber(argument, config.remote)
     is_openai = bool(re.match(r"(?:chat)?gpt-|o\d", config.mllm, re.I))
     if (name == "openai" and argument) or is_openai or (config.remote.base_url and config.mllm):
+        model = argument if name == "openai" else config.mllm
+        if config.batch.enabled:
+            from reidctl.captioning.backends.batch import BatchDescriber
+
+            if folder is None:
+                raise UsageError("Batches need a folder to be remembered in.")
+            return BatchDescriber(model, config, folder)
         from reidctl.captioning.backends.openai import OpenAIDescriber
 
-        return OpenAIDescriber(argument if name == "openai" else config.mllm, config)
+        return OpenAIDescriber(model, config)
     raise UsageError(
         f"Unknown describer `{config.mllm}`.",
-        hint="Use template, replay:FILE, command:PROGRAM, gpt-4, openai:MODEL, or any model name with a base URL.",
+        hint="Use template, replay:FILE, file:FILE, command:PROGRAM, hf:MODEL, gpt-4, openai:MODEL, or any model name "
+        "with a base URL.",
     )

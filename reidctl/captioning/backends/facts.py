@@ -23,6 +23,7 @@ _AGE_WORDS = {
     "adult": "adult",
     "middle aged": "middle-aged",
 }
+_CARRIED = ("hat", "backpack", "bag", "handbag")
 _ABSENT = frozenset({"", "none", "no", "unknown", "nan", "n/a", "-"})
 _PLURALS = re.compile(
     r"(?:trousers|pants|jeans|shorts|leggings|tights|shoes|boots|sandals|trainers|sneakers|heels|loafers|slippers|socks|gloves"
@@ -52,7 +53,11 @@ class Facts:
 
 
 def facts_of(attributes: Mapping[str, str], *, sensitive: bool) -> Facts:
-    """Return the facts in an attribute map: synthped's keys, or those of Market-1501-Attribute."""
+    """Return the facts in an attribute map.
+
+    It has synthped's keys, those that our reader makes of Market-1501-Attribute and DukeMTMC-attribute (the same keys
+    where they fit, and yes or no for belongings), or the MATLAB codes of Market-1501-Attribute themselves.
+    """
     given = {key: str(value).strip().lower() for key, value in attributes.items()}
     if "upblack" in given or "downblack" in given:
         given = _from_market(given)
@@ -61,21 +66,24 @@ def facts_of(attributes: Mapping[str, str], *, sensitive: bool) -> Facts:
         value = given.get(key, "").replace("_", " ")
         return "" if value in _ABSENT else value
 
+    age = _AGE_WORDS.get(get("age"), get("age"))
     body = [f"{get(key)} {key}" for key in ("build", "stature") if get(key)]
     if sensitive and get("skin"):
         body.append(f"{get('skin')} skin")
+    shoes = get("shoe_type") or ("boots" if get("boots") == "yes" else "shoes" if get("shoe_colour") else "")
     garments = [
-        ("Upper", _phrase(get("upper_colour"), get("upper_pattern"), get("upper_type"))),
-        ("Lower", _phrase(get("lower_colour"), "", get("lower_type"))),
-        ("Shoes", _phrase(get("shoe_colour"), "", get("shoe_type") or ("shoes" if get("shoe_colour") else ""))),
+        ("Upper", _phrase(get("upper_colour"), get("upper_pattern"), get("upper_type"), "top")),
+        ("Lower", _phrase(get("lower_colour"), "", get("lower_type"), "lower garment")),
+        ("Shoes", _phrase(get("shoe_colour"), "", shoes, "shoes")),
     ]
+    carried = [item.strip() for item in get("carried").split(",")] + [item for item in _CARRIED if get(item) == "yes"]
     return Facts(
-        noun=_NOUNS.get(get("gender"), "person"),
-        age=_AGE_WORDS.get(get("age"), get("age")),
+        noun=_noun(get("gender"), age),
+        age=age,
         body=tuple(body),
         hair=_hair(get("hair_length"), get("hair_colour")),
         garments=tuple((place, phrase) for place, phrase in garments if phrase),
-        belongings=tuple(item.strip() for item in get("carried").split(",") if item.strip() not in _ABSENT),
+        belongings=tuple(item for item in carried if item not in _ABSENT),
     )
 
 
@@ -92,10 +100,17 @@ def join(phrases: list[str], word: str = "and") -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} {word} {phrases[-1]}"
 
 
-def _phrase(colour: str, pattern: str, kind: str) -> str:
-    if not kind:
+def _noun(gender: str, age: str) -> str:
+    noun = _NOUNS.get(gender, "person")
+    return {"man": "boy", "woman": "girl"}.get(noun, noun) if age == "teenage" else noun
+
+
+def _phrase(colours: str, pattern: str, kind: str, unknown: str) -> str:
+    """A garment; `unknown` names one of which only the colour is known."""
+    if not kind and not colours:
         return ""
-    return " ".join(word for word in (colour, "" if pattern == "plain" else pattern, kind) if word)
+    colour = join([colour.strip() for colour in colours.split(",")])
+    return " ".join(word for word in (colour, "" if pattern == "plain" else pattern, kind or unknown) if word)
 
 
 def _hair(length: str, colour: str) -> str:
@@ -114,7 +129,7 @@ def _from_market(given: Mapping[str, str]) -> dict[str, str]:
         return given.get(key, "") in ("2", "yes", "true")
 
     def colour(part: str) -> str:
-        return next((name for name in _MARKET_COLOURS if yes(f"{part}{name}")), "")
+        return ", ".join(name for name in _MARKET_COLOURS if yes(f"{part}{name}")).replace("gray", "grey")
 
     dress = given.get("clothes") in ("1", "dress")
     long_lower = given.get("down") in ("1", "long", "long lower body clothing")
@@ -129,5 +144,5 @@ def _from_market(given: Mapping[str, str]) -> dict[str, str]:
         "upper_type": f"{sleeves} top",
         "lower_colour": colour("down"),
         "lower_type": lower,
-        "carried": ",".join(item for item in ("hat", "backpack", "bag", "handbag") if yes(item)),
+        "carried": ",".join(item for item in _CARRIED if yes(item)),
     }

@@ -2,244 +2,360 @@
 
 import asyncio
 import json
-import os
+import queue
+import random
 import re
+import threading
 import time
-from collections.abc import Generator, Iterable
-from email.utils import parsedate_to_datetime
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from dataclasses import replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 from reidctl.captioning.backends.base import Reply, Request, failed, rejected
-from reidctl.captioning.backends.picture import data_url
+from reidctl.captioning.backends.chat import Dialect, first_dialect, parse_completion, request_body, resolve_model
+from reidctl.captioning.backends.picture import PictureCache
+from reidctl.captioning.backends.server import connection, stop_if_hopeless, waiting_time
 from reidctl.captioning.config import CaptionConfig
 from reidctl.console import log
-from reidctl.errors import DataError, RemoteError
+from reidctl.errors import DataError
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-_OFFICIAL = "https://api.openai.com/v1"
-# "GPT-4" in 001/002 is a model that sees images; the API's `gpt-4` does not.
-_ALIASES = {"gpt-4": "gpt-4o", "gpt4": "gpt-4o", "chatgpt-4": "gpt-4o", "gpt-4-vision": "gpt-4o", "gpt-4v": "gpt-4o"}
-_SCHEMA = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "description",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {"description": {"type": "string"}},
-            "required": ["description"],
-            "additionalProperties": False,
-        },
-    },
-}
+_UNSUPPORTED = (
+    r"not support|unsupported|unrecogni[sz]ed|unknown|unexpected|extra|not permitted|not allowed|deprecated|only the"
+)
+_GRACE_S = 2.0
+
+
+def _lesson(error: "APIStatusError", dialect: Dialect) -> Dialect | None:
+    """The dialect without what a server has just refused; None when the refusal is about something else."""
+    if error.status_code not in (400, 422, 501):
+        return None
+    # FastAPI puts its whole message under a key that is called like one of our fields.
+    named = re.sub(r"""['"]detail['"]:""", "", str(error.param or error.message)[:1000])
+    if dialect.structured and re.search(r"response_format|json_schema|json_object|structured|guided", named):
+        return replace(dialect, answer="json_object" if dialect.answer == "schema" else "plain")
+    if not re.search(_UNSUPPORTED, error.message[:1000], re.I):
+        return None
+    if re.search(r"\bmax_tokens\b", named) and dialect.limit == "max_tokens":
+        return replace(dialect, limit="max_completion_tokens")
+    for option in ("temperature", "seed", "detail"):
+        if getattr(dialect, option) and re.search(rf"\b{option}\b", named):
+            off: dict[str, Any] = {option: False}
+            return replace(dialect, **off)
+    return None
+
+
+def _too_large(error: "APIStatusError") -> bool:
+    words = re.search(
+        r"(?:image|payload|request).{0,40}too (?:large|big)|exceed.{0,40}(?:size|pixels)", error.message, re.I
+    )
+    return error.status_code == 413 or (error.status_code == 400 and words is not None)
+
+
+class _Gate:
+    """Lets requests out: none during a pause, and after one only as many more as answers come back."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._width = most
+        self._out = 0
+        self._quiet_until = 0.0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        while not self._closed:
+            if (pause := self._quiet_until - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            elif self._out < self._width:
+                self._out += 1
+                return
+            else:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._out < self._width)
+        raise asyncio.CancelledError
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        self._out -= 1
+        self._width = min(self._most, self._width + (kind is None))
+        async with self._changed:
+            self._changed.notify(2)
+
+    def hold(self, seconds: float) -> None:
+        """Let nobody out for so long, and then few at first: all at once would meet the same refusal again."""
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._width = max(1, self._width // 4)
+            if seconds >= 5:
+                log.info("caption: the service asks us to wait %.0f s", seconds)
+        self._quiet_until = max(self._quiet_until, now + seconds)
+
+    def close(self) -> None:
+        """Let nobody out any more."""
+        self._closed = True
+
+
+class _Worker:
+    """An event loop in a thread: requests go in, what became of them comes out of `outcomes`.
+
+    The caller may wait for a disk or a person meanwhile; answers and images go on being handled.
+    """
+
+    def __init__(
+        self, clients: "list[AsyncOpenAI]", pictures: PictureCache, ask: Callable[[Request], Awaitable[Reply]]
+    ) -> None:
+        self.outcomes: queue.SimpleQueue[Reply | BaseException] = queue.SimpleQueue()
+        self._clients, self._pictures, self._ask = clients, pictures, ask
+        self._tasks: set[asyncio.Future[Reply]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="openai", daemon=True)
+
+    def __enter__(self) -> "_Worker":
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def submit(self, request: Request) -> None:
+        """Start a request."""
+        self._loop.call_soon_threadsafe(self._start, request)
+
+    def _start(self, request: Request) -> None:
+        task = asyncio.ensure_future(self._ask(request), loop=self._loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: "asyncio.Future[Reply]") -> None:
+        self._tasks.discard(task)
+        problem = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self.outcomes.put(problem if problem is not None else task.result())
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+        self._thread.join(timeout=5)
+
+    async def _stop(self) -> None:
+        self._pictures.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for client in self._clients:
+            await client.close()
+        self._loop.stop()
 
 
 class OpenAIDescriber:
     """Sends each image with its prompt to a chat-completions server, several at a time.
 
-    The image is re-encoded (no metadata leaves the machine), resized to `remote.image_side`. The key is read from the
-    environment variable OPENAI_API_KEY and is kept out of every message. 429 and 5xx answers and broken connections
-    are tried again; Retry-After holds back all requests, not just the one that was told.
+    The image is re-encoded (no metadata leaves the machine) and resized to `remote.image_side`. The key is read from
+    the environment variable `remote.key_env` and is kept out of every message. 429 and 5xx answers and broken
+    connections are tried again; Retry-After holds back all requests, not just the one that was told. What the server
+    refuses (a schema, `max_tokens`, `temperature`, `seed`) is learned once and left out from then on.
 
     Args:
-        model: name at the server; `gpt-4` means a GPT-4-class model that sees images.
+        model: name at the server; `gpt-4` means a GPT-4-class model that sees images. Azure's names are the user's own.
         config: see `RemoteConfig`.
+
+    Raises:
+        UsageError: OPENAI_BASE_URL is not a plain address.
     """
 
     name = "openai"
     source = "mllm"
+    deferred = False
+    repeats = False
 
     def __init__(self, model: str, config: CaptionConfig) -> None:
-        self.model = _ALIASES.get(model.lower(), model)
-        self._config = config
-        self._remote = config.remote
-        self._base_url = config.remote.base_url or os.environ.get("OPENAI_BASE_URL") or _OFFICIAL
-        self._structured = config.remote.structured
-        self._quiet_until = 0.0
+        self._server = connection(config)
+        self.model = model if self._server.is_azure else resolve_model(model)
+        self._asked_for = model
+        self._config, self._remote = config, config.remote
+        self._dialect = first_dialect(self.model, structured=config.remote.structured)
+        self._snapshot: str | None = None
+        self._repeats = _Repeats()
 
     def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
-        """Yield replies as they arrive.
+        """Yield replies as they arrive; at most `concurrency` requests are taken and not yet answered.
 
         Raises:
             RemoteError: no key, a key that is refused, a spent quota, an unknown model or address.
         """
         source = iter(requests)
-        key = self._key()
-        host = urlsplit(self._base_url).hostname
-        log.info("caption: images go to %s, model %s", host, self.model)
-        with asyncio.Runner() as runner:
-            client = self._client(key)
-            pending: set[asyncio.Task[Reply]] = set()
-            try:
-                while True:
-                    while len(pending) < self._remote.concurrency and (request := next(source, None)) is not None:
-                        pending.add(runner.get_loop().create_task(self._ask(client, request)))
-                    if not pending:
-                        break
-                    done, pending = runner.run(_first(pending))
-                    # Finished replies first: one dead request must not lose what its neighbours brought.
-                    yield from (task.result() for task in sorted(done, key=lambda task: task.exception() is not None))
-            finally:
-                runner.run(_close(client, pending))
+        clients = self._server.clients()
+        turn = cycle(clients)
+        log.info("caption: images go to %s, model %s", self._server.host, self.model)
+        if self.model != self._asked_for:
+            log.info("caption: %s means %s here: a model that sees images", self._asked_for, self.model)
+        gate = _Gate(self._remote.concurrency)
+        pictures = PictureCache(self._remote.image_side, self._remote.image_quality)
+        with _Worker(clients, pictures, lambda request: self._ask(next(turn), gate, pictures, request)) as worker:
+            yield from self._exchange(worker, gate, source)
 
-    def _key(self) -> str:
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if key:
-            return key
-        if self._base_url.rstrip("/") == _OFFICIAL:
-            raise RemoteError("There is no OPENAI_API_KEY in the environment.", hint="Set it, or use --mllm template.")
-        return "none"  # local servers ask for no key, the library insists on one
+    def _exchange(self, worker: _Worker, gate: _Gate, source: Iterator[Request]) -> Iterator[Reply]:
+        flying = 0
+        while True:
+            while flying < self._remote.concurrency and (request := next(source, None)) is not None:
+                worker.submit(request)
+                flying += 1
+            if not flying:
+                return
+            outcome = worker.outcomes.get()
+            flying -= 1
+            if isinstance(outcome, BaseException):
+                gate.close()
+                yield from _last(worker, flying)
+                raise outcome
+            yield outcome
 
-    def _client(self, key: str) -> "AsyncOpenAI":
-        from openai import AsyncOpenAI
-
-        # We count the tries ourselves: the library's are silent and ignore long Retry-After values.
-        return AsyncOpenAI(api_key=key, base_url=self._base_url, timeout=self._remote.timeout_s, max_retries=0)
-
-    async def _ask(self, client: "AsyncOpenAI", request: Request) -> Reply:
-        try:
-            image = await asyncio.to_thread(data_url, request.image_path, self._remote.image_side)
-        except DataError as error:
-            return failed(request, str(error))
-        return await self._persist(client, request, image)
-
-    async def _persist(self, client: "AsyncOpenAI", request: Request, image: str) -> Reply:
+    async def _ask(self, client: "AsyncOpenAI", gate: _Gate, pictures: PictureCache, request: Request) -> Reply:
         """Ask until there is an answer or the tries are used up."""
         import openai
 
-        problem = "no answer"
-        tries = 0
+        tries, shrink, problem = 0, 1, "no answer"
         while tries < self._remote.attempts:
-            await asyncio.sleep(max(0.0, self._quiet_until - time.monotonic()))
-            structured = self._structured
+            dialect = self._dialect
             try:
-                return _parse(await self._complete(client, request, image, structured), request, structured)
+                image = await pictures.get(request.image_path, shrink=shrink) if request.image_path else None
+                body = request_body(request, self.model, self._config, image, dialect=dialect)
+                async with gate, asyncio.timeout(self._remote.timeout_s):
+                    answer = await self._send(client, body)
+                return self._read(answer, request, dialect)
+            except DataError as error:
+                return failed(request, str(error))
             except openai.APIStatusError as error:
-                problem = f"the service answered {error.status_code}: {redact(error.message)}"
-                if structured and _refuses_schema(error):
-                    self._structured = False  # this server lacks structured output: plain text, same request
+                problem = f"the service answered {error.status_code}: {self._server.redact(error.message)}"
+                if self._learn(error, dialect):
                     continue
-                _stop_if_hopeless(error, problem)
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
+                if shrink == 1 and request.image_path and _too_large(error):
+                    shrink = 2
+                    continue
+                stop_if_hopeless(error, self._server)
+                if error.code in ("content_filter", "content_policy_violation"):
+                    return rejected(request, "the model refused")
+                if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
                     return failed(request, problem)
-                wait = _retry_after(error.response.headers.get("retry-after"))
-            except openai.APIConnectionError as error:  # a timeout is one of these
-                problem, wait = f"{type(error).__name__}: {redact(str(error.__cause__ or error))}", None
-            except (openai.APIError, ValueError) as error:  # an answer that is no chat completion at all
-                problem, wait = f"the service sent no valid answer: {redact(str(error))}", None
+                asked, busy = waiting_time(error.response.headers, self._remote.max_wait_s), error.status_code == 429
+            except (openai.APIConnectionError, TimeoutError) as error:
+                cause = (
+                    self._server.redact(str(error.__cause__ or error)) or f"nothing within {self._remote.timeout_s:g} s"
+                )
+                problem, asked, busy = f"{type(error).__name__}: {cause}", None, False
+            except (openai.APIError, ValueError, RecursionError) as error:  # no chat completion at all
+                problem = f"the service sent no valid answer: {self._server.redact(str(error))}"
+                asked, busy = None, False
             tries += 1
-            if wait is not None and wait > self._remote.max_wait_s:
-                return failed(request, f"{problem} (asked to wait {wait:.0f} s)")
+            if asked is not None and asked > self._remote.max_wait_s:
+                return failed(request, f"{problem} (asked to wait {asked:.0f} s)")
             if tries < self._remote.attempts:
-                await self._pause(wait, tries)
+                await self._pause(gate, asked, tries, busy)
         return failed(request, problem)
 
-    async def _complete(self, client: "AsyncOpenAI", request: Request, image: str, structured: bool) -> Any:
-        picture = {"type": "image_url", "image_url": {"url": image, "detail": self._remote.image_detail}}
-        messages: list[Any] = [
-            {"role": "system", "content": request.system},
-            {"role": "user", "content": [{"type": "text", "text": request.prompt}, picture]},
-        ]
-        options: dict[str, Any] = {"response_format": _SCHEMA} if structured else {}
-        return await client.chat.completions.create(
-            model=self.model,
-            messages=messages,
-            temperature=self._remote.temperature,
-            max_tokens=self._remote.max_tokens,
-            seed=self._config.seed + request.attempt - 1,
-            **options,
+    async def _send(self, client: "AsyncOpenAI", body: dict[str, Any]) -> Any:
+        import openai
+
+        fields = dict(body)
+        model, messages = fields.pop("model"), fields.pop("messages")
+        try:
+            raw = await client.chat.completions.with_raw_response.create(
+                model=model, messages=messages, extra_body=fields
+            )
+        except openai.APIStatusError as error:
+            await _hang_up(error.response)
+            raise
+        response = raw.http_response
+        try:
+            if self._repeats.suspect(response):
+                raise ValueError("the last reply once more")
+            return json.loads(response.content)
+        except ValueError:
+            await _hang_up(response)
+            raise
+
+    def _read(self, answer: Any, request: Request, dialect: Dialect) -> Reply:
+        reply = parse_completion(answer, request, structured=dialect.structured)
+        name = answer.get("model")
+        if self._snapshot is None and isinstance(name, str):
+            self._snapshot = self._server.redact(name)
+            if name != self.model:
+                log.info("caption: %s answers as %s", self.model, self._snapshot)
+        return reply
+
+    def _learn(self, error: "APIStatusError", used: Dialect) -> bool:
+        """Whether to ask again, without counting it, because the server does not take what `used` sends.
+
+        Each change takes something away, so a request comes back here a few times at most.
+        """
+        if self._dialect != used:  # another request learned meanwhile
+            return error.status_code in (400, 422, 501)
+        lesson = _lesson(error, used)
+        if lesson is None:
+            return False
+        self._dialect = lesson
+        changes = {k: v for k, v in vars(lesson).items() if v != getattr(used, k)}
+        told = ", ".join(f"{name} -> {'left out' if new is False else new}" for name, new in changes.items())
+        log.info(
+            "caption: the server refuses a field, so from now on %s (was told: %s)",
+            told,
+            self._server.redact(error.message),
         )
+        return True
 
-    async def _pause(self, wait: float | None, tries: int) -> None:
-        if wait is not None:
-            self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
+    async def _pause(self, gate: _Gate, asked: float | None, tries: int, busy: bool) -> None:
+        own = min(self._remote.max_wait_s, self._remote.backoff_s * 2 ** min(tries - 1, 30)) * random.uniform(0.5, 1.0)
+        if asked is not None or busy:
+            gate.hold(own if asked is None else asked)
+        await asyncio.sleep(max(0.0, own - (asked or 0.0)))
+
+
+class _Repeats:
+    """Recognises a reply that a server sends twice: the next request on its connection would take it for its own.
+
+    Completions carry their own id, so two equal ones in a row on one connection are suspect, and the request is asked
+    again. A server that repeats itself honestly costs one more request in all.
+    """
+
+    def __init__(self) -> None:
+        self._last: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._doubted: set[int] = set()
+        self._off = False
+
+    def suspect(self, response: Any) -> bool:
+        """Return whether a reply is the last one of its connection once more."""
+        stream = response.extensions.get("network_stream")
+        if stream is None or self._off:
+            return False
+        digest = hash(response.content)
+        before, self._last[stream] = self._last.get(stream), digest
+        self._off = before == digest and digest in self._doubted
+        if before != digest or self._off:
+            return False
+        self._doubted.add(digest)
+        return True
+
+
+async def _hang_up(response: Any) -> None:
+    """Close the connection of an answer that is in doubt: whatever else comes from it would answer another request."""
+    stream = response.extensions.get("network_stream")
+    if stream is not None:
+        await stream.aclose()
+
+
+def _last(worker: _Worker, flying: int) -> Iterator[Reply]:
+    """What else comes in shortly after the end was decided: it was paid for."""
+    until = time.monotonic() + _GRACE_S
+    while flying:
+        try:
+            outcome = worker.outcomes.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
             return
-        await asyncio.sleep(min(self._remote.max_wait_s, self._remote.backoff_s * 2 ** (tries - 1)))
-
-
-def redact(text: str) -> str:
-    """Return a message without anything that looks like a key, one line, bounded."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if key:
-        text = text.replace(key, "[key]")
-    # OpenAI's own 401 message repeats the key's ends around asterisks.
-    return " ".join(re.sub(r"\b(?:sk|key|Bearer)[-_ ][\w*.-]{6,}", "[key]", text).split())[:200]
-
-
-def _parse(completion: Any, request: Request, structured: bool) -> Reply:
-    """The reply in a completion; an unusable one is `rejected`, so that it is asked again."""
-    usage = getattr(completion, "usage", None)
-    sent = int(getattr(usage, "prompt_tokens", 0) or 0)
-    received = int(getattr(usage, "completion_tokens", 0) or 0)
-    choices = getattr(completion, "choices", None)
-    if not choices or choices[0].message is None:
-        raise ValueError("no choices")
-    choice = choices[0]
-    if getattr(choice.message, "refusal", None) or choice.finish_reason == "content_filter":
-        return rejected(request, "the model refused", tokens_in=sent, tokens_out=received)
-    if choice.finish_reason == "length":
-        return rejected(request, "the reply breaks off: it ran into max_tokens", tokens_in=sent, tokens_out=received)
-    content = choice.message.content
-    if not isinstance(content, str):
-        return rejected(request, "the reply is empty", tokens_in=sent, tokens_out=received)
-    text = _unwrap(content, structured)
-    if text is None:
-        return rejected(request, "the reply is not the JSON that was asked for", tokens_in=sent, tokens_out=received)
-    return Reply(request, "ok", text, tokens_in=sent, tokens_out=received)
-
-
-def _unwrap(content: str, structured: bool) -> str | None:
-    """The description inside a JSON reply; plain text is fine unless JSON was asked for."""
-    bare = re.sub(r"^```\w*\s*|\s*```$", "", content.strip())
-    try:
-        value = json.loads(bare)
-    except ValueError:
-        return None if structured or bare.startswith("{") else content
-    if isinstance(value, dict) and isinstance(value.get("description"), str):
-        return str(value["description"])
-    return value if isinstance(value, str) else None
-
-
-def _refuses_schema(error: "APIStatusError") -> bool:
-    words = re.search(r"response_format|json_schema|structured", str(error.message), re.I)
-    return error.status_code in (400, 422) and words is not None
-
-
-def _stop_if_hopeless(error: "APIStatusError", problem: str) -> None:
-    """Raise for what no other request will survive."""
-    if error.status_code in (401, 403):
-        raise RemoteError(f"The key was refused: {problem}.", hint="Check OPENAI_API_KEY.") from None
-    if error.status_code == 404:
-        raise RemoteError(f"No such model or address: {problem}.", hint="Check --mllm and --base-url.") from None
-    if error.status_code == 429 and "insufficient_quota" in f"{error.code} {error.message}":
-        raise RemoteError(
-            f"The quota is spent: {problem}.", hint="Stored replies are kept; run it again later."
-        ) from None
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds in a Retry-After header: a number or an HTTP date."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass  # a date then
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-async def _first(pending: set["asyncio.Task[Reply]"]) -> tuple[set["asyncio.Task[Reply]"], set["asyncio.Task[Reply]"]]:
-    return await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _close(client: "AsyncOpenAI", pending: set["asyncio.Task[Reply]"]) -> None:
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
-    await client.close()
+        flying -= 1
+        if isinstance(outcome, Reply):
+            yield outcome

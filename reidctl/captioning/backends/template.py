@@ -10,6 +10,10 @@ from reidctl.captioning.config import CaptionConfig
 from reidctl.captioning.form import Form, parse_instruction
 
 _ORNAMENTS = {"identity": ("notably", "quite", "rather", "visibly"), "clothing": ("neat", "stylish", "smart", "modern")}
+_FILLERS = (
+    ("one pedestrian in view", "One pedestrian is in view."),
+    ("no other details are recorded", "No other details are recorded."),
+)
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,18 @@ class _Content:
 
 
 class TemplateDescriber:
-    """Grammatical English from synthped's or Market-1501-Attribute's attributes.
+    """Grammatical English from the attributes of synthped, Market-1501-Attribute or DukeMTMC-attribute.
 
     Reads `Request.attributes` and `Request.instruction`. The words depend on the image id and the seed alone.
     Identity texts name no clothing; clothing texts name no gender, so that the pair is disentangled by construction.
     """
 
     name = "template"
-    model = "template-1"
+    model = "template-2"
     source = "template"
+    deferred = False
+    repeats = True
+    repeats = True
 
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
@@ -50,7 +57,8 @@ class TemplateDescriber:
                 yield failed(request, f"the image has no attributes for a text of kind {request.kind}")
                 continue
             form = parse_instruction(request.instruction)
-            yield Reply(request, "ok", text=_write(content, form, request.kind, facts, self._choice(request)))
+            text = _write(content, form, request.kind, facts, self._choice(request))
+            yield Reply(request, "ok", text=_filled(text, form, self._config.check.min_words))
 
     def _identity(self, facts: Facts) -> _Content | None:
         hair = (facts.hair,) if facts.hair and self._config.hair == "identity" else ()
@@ -87,6 +95,20 @@ def _write(content: _Content, form: Form, kind: str, facts: Facts, choice: int) 
         text = _identity_sentences(content, form, facts)
     else:
         text = _clothing_sentences(content, form)
+    return text
+
+
+def _filled(text: str, form: Form, min_words: int) -> str:
+    """The text with its case and end mark, and where little is known with words that say nothing of the person."""
+    for note, sentence in _FILLERS:
+        if len(text.split()) >= min_words:
+            break
+        if form.opening == "label":
+            text += f" Note: {note}."
+        elif form.fragments:
+            text = f"{text.removesuffix('.')}{';' if form.separators else ','} {note}."
+        else:
+            text += f" {sentence}"
     text = text[0].upper() + text[1:]
     if form.exclaiming:
         text = text.removesuffix(".") + "!"
@@ -111,8 +133,11 @@ def _identity_sentences(content: _Content, form: Form, facts: Facts) -> str:
         "verb": ("Seen here is {}", "Seen here is probably {}"),
         "noun": ("The person is {}", "The person appears to be {}"),
     }
-    start = starts[form.opening][form.hedged].format(with_article(content.subject))
     phrases = [with_article(phrase) for _, phrase in content.details]
+    if content.subject == "person" and form.opening == "noun":
+        # Nothing but the body is known: not "The person is a person with".
+        return f"The person {'appears to have' if form.hedged else 'has'} {_join(phrases, form)}."
+    start = starts[form.opening][form.hedged].format(with_article(content.subject))
     if form.sentences == 1 or not phrases:
         return f"{start}{' with ' + _join(phrases, form) if phrases else ''}."
     again = (f"{who} {'probably ' * form.hedged}{have} {{}}", "To this comes {}", "There is also {}")
