@@ -15,6 +15,9 @@ class ClosedPipe(Exception):
 _UNLIMITED = 10_000
 """Columns of a table in a pipe: it is as wide as it needs to be, so that a program finds every row on one line."""
 
+_UNFINISHED = {"pending": "pending", "part": "one part", "dry-run": "dry run", "cancelled": "cancelled"}
+"""Statuses of a stage that did not finish, as people read them."""
+
 KEYS = ("stage", "status", "run", "outputs", "metrics", "seconds")
 
 
@@ -45,9 +48,10 @@ def emit(record: Mapping[str, Any], *, run: Path, as_json: bool, lines: Sequence
         internal = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format")
         write([json.dumps(_strict({k: v for k, v in shown.items() if k not in internal}), default=str)])
         return
-    status = record["status"]
-    # `pending`, `part`, `dry-run`: the stage is not finished, and its name says why.
-    done = "up to date" if status == "up-to-date" else f"{status.replace('-', ' ')} in {record['seconds']:.1f} s"
+    if record["status"] == "up-to-date":
+        done = "up to date"
+    else:
+        done = f"{_UNFINISHED.get(record['status'], 'done')} in {record['seconds']:.1f} s"
     write([*lines, f"{record['stage']}: {done}"])
 
 

@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from pydantic import Field, field_validator
 
 from reidctl import tables
 from reidctl.config import Section
-from reidctl.data import Corpus, build_corpus
 from reidctl.datasets.identities import known_as
 from reidctl.datasets.leaks import LeakCheck
 from reidctl.errors import DataError
 from reidctl.runs import Run, digest, fingerprint
+
+if TYPE_CHECKING:
+    from reidctl.data import Corpus
 
 
 class DataSettings(Section):
@@ -87,8 +90,10 @@ class Source:
             files["identities"] = self.identities
         return {name: digest(path) for name, path in files.items() if path is not None and path.is_file()}
 
-    def corpus(self) -> Corpus:
+    def corpus(self) -> "Corpus":
         """Read the tables and join them; see `build_corpus` for what is raised."""
+        from reidctl.data import build_corpus  # brings torch, which stages like `caption` can do without
+
         images = tables.read_table(self.images, "images")
         captions = tables.read_table(self.captions, "captions") if self.captions.is_file() else tables.empty("captions")
         described = tables.read_table(self.described, "captions") if self.described is not None else None
