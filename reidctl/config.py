@@ -59,7 +59,7 @@ def parse_section(cls: type[S], values: Mapping[str, Any] | None, where: str) ->
             owner, known = _known_keys(cls, first["loc"])
             raise UsageError(f"Unknown setting `{key}`.", hint=_nearest(str(first["loc"][-1]), known, owner)) from None
         # Where a key belongs near a setting, people paste it into that setting: it is not repeated.
-        got = "" if key.endswith(("base_url", "key_env")) else f" (got {first['input']!r})"
+        got = "" if key.endswith(("base_url", "key_env", "extra")) else f" (got {first['input']!r})"
         raise UsageError(f"Setting `{key}`: {first['msg']}{got}.") from None
 
 

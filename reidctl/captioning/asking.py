@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -19,7 +20,7 @@ from reidctl.captioning.validation import CHECKS_VERSION, Verdict, check_neutral
 from reidctl.errors import RemoteError
 
 # A recorded file that lacks a text says nothing about the next one; a service that fails so often is down.
-_SERVICES = frozenset({"openai", "command", "hf"})
+SERVICES = frozenset({"openai", "command", "hf"})
 _REPORT_EVERY = 50
 NEUTRAL = "neutral"
 
@@ -41,59 +42,93 @@ class Asker:
     tick: Callable[[int, str], None]
     counts: Counter[str] = field(default_factory=Counter)
 
-    def ask(self, wanted: Iterable[Request]) -> int:
+    def ask(self, wanted: Iterable[Request], *, counted: bool = True) -> int:
         """Ask until every wanted text has its outcome, the budget is spent, or all that is left waits in a batch.
 
+        A service that fails `remote.max_failures` times in a row is down; failures that lie with an item (a damaged
+        image) do not count, and replies of a batch are all there, so nothing is saved by stopping.
+
+        Args:
+            wanted: the texts, each at its first attempt.
+            counted: whether they are part of the progress.
+
         Returns:
-            Number of requests that are still open at the provider; 0 unless the describer is deferred.
+            Number of texts that have no outcome yet: open at the provider, or refused and to be sent by the next run.
+            0 unless the describer is deferred.
 
         Raises:
             RemoteError: the service refuses everything; what was stored stays.
         """
-        source: Iterator[Request] = self._open(wanted)
+        source: Iterator[Request] = self._open(wanted, counted)
         again: deque[Request] = deque()
         streak = 0
         while True:
-            # Refused requests follow the first ones in the same call: a local model is not loaded for each round.
-            affordable = self.ledger.affordable(_drain(source, again), self._paid())
+            affordable = self.ledger.affordable(self._drain(source, again), self._paid())
             with closing(self.describer.describe(affordable)) as replies:
                 for reply in replies:
-                    entry = self._store(reply)
+                    entry = self._store(reply, counted)
                     if entry.status == "retry":
-                        again.append(next_attempt(reply.request, entry))
-                    streak = streak + 1 if entry.status == "failed" else 0
-                    if streak >= self.config.remote.max_failures and self.describer.name in _SERVICES:
+                        again.append(reply.request)
+                    streak = streak + 1 if entry.status == "failed" and not reply.own_fault else 0
+                    if streak >= self.config.remote.max_failures and self._may_be_down:
                         raise RemoteError(
                             f"{streak} requests in a row failed, the last one: {entry.reason}.",
                             hint="Everything stored is kept; run it again when the service is back.",
                         )
-            left = self._left_over()
+            left = self._left_over(counted)
+            if self.describer.deferred and not self.config.batch.wait:
+                # A batch provider takes only so much at a time: what was not even read is open too.
+                return len(left) + len(again) + sum(1 for _ in source)
             if not again or self.ledger.stopped:
-                # A batch provider takes only so much at a time: what was not even pulled is open too.
-                return len(left) + (sum(1 for _ in source) if self.describer.deferred else 0)
+                return len(left)
             source = chain(left, source)
+
+    def due(self, wanted: Iterable[Request]) -> Iterator[Request]:
+        """Yield the requests without a final reply at the attempt that comes next; nothing is judged or stored."""
+        for request in wanted:
+            slot = self.journal.find(request.key)
+            if slot is None:
+                yield request
+            elif not slot.final:
+                yield replace(request, attempt=slot.attempt + (slot.status == "retry"))
+
+    @property
+    def _may_be_down(self) -> bool:
+        return self.describer.name in SERVICES and not self.describer.deferred
 
     def _paid(self) -> Callable[[Request], bool] | None:
         return cast(Deferred, self.describer).paid() if self.describer.deferred else None
 
-    def _store(self, reply: Reply) -> Entry:
+    def _drain(self, source: Iterator[Request], again: deque[Request]) -> Iterator[Request]:
+        """The requests of the source, then those that were refused meanwhile, with the reason in their prompt."""
+        # Not `yield from`: that would close the source with this generator, and the next round goes on with it.
+        for request in source:
+            yield request
+        while again:
+            request = again.popleft()
+            entry = self.journal.entry(request.key)
+            yield request if entry is None else next_attempt(request, entry)
+
+    def _store(self, reply: Reply, counted: bool) -> Entry:
+        reply = self.ledger.counted(reply)
         self.ledger.settle(reply)
         entry = judge(reply, self.describer, self.config, batch=self.ledger.batch)
         self.journal.append(entry)
         self.counts["asked"] += 1
-        self.tick(int(entry.status != "retry"), self._note() if self.counts["asked"] % _REPORT_EVERY == 0 else "")
+        done = int(counted and entry.status != "retry")
+        self.tick(done, self._note() if self.counts["asked"] % _REPORT_EVERY == 0 else "")
         return entry
 
-    def _left_over(self) -> list[Request]:
+    def _left_over(self, counted: bool) -> list[Request]:
         """Requests that went out and got no reply: open in a batch, or failed."""
         left = self.ledger.flying
         for request in left:
             self.ledger.release(request)
             if not self.describer.deferred:
-                self._store(Reply(request, "failed", reason="the describer gave no answer"))
+                self._store(Reply(request, "failed", reason="the describer gave no answer"), counted)
         return left if self.describer.deferred else []
 
-    def _open(self, wanted: Iterable[Request]) -> Iterator[Request]:
+    def _open(self, wanted: Iterable[Request], counted: bool) -> Iterator[Request]:
         """The requests without a final reply, each at the attempt where an earlier run left it."""
         for request in wanted:
             slot = self.journal.find(request.key)
@@ -105,7 +140,7 @@ class Asker:
                 status = self._judge_again(request, self.journal.read(slot))
             if status in ("ok", "rejected"):
                 self.counts["resumed"] += 1
-                self.tick(1, "")
+                self.tick(int(counted), "")
             elif status == "retry":
                 entry = self.journal.entry(request.key)
                 yield request if entry is None else next_attempt(request, entry)
@@ -114,13 +149,10 @@ class Asker:
 
     def _judge_again(self, request: Request, entry: Entry) -> str:
         """The status of a stored text under today's check settings: it was paid for, so nobody is asked."""
-        if entry.text is None:
-            return entry.status
-        reply = Reply(replace(request, attempt=entry.attempt), "ok", text=entry.text)
-        judged = judge(reply, self.describer, self.config, batch=entry.batch)
-        # Its tokens were counted when it came.
-        self.journal.append(replace(judged, model=entry.model, tokens_in=0, tokens_out=0))
-        self.counts["judged_again"] += 1
+        judged = judge_again(request, entry, self.describer, self.config)
+        if entry.text is not None:
+            self.journal.append(judged)
+            self.counts["judged_again"] += 1
         return judged.status
 
     def _note(self) -> str:
@@ -128,13 +160,6 @@ class Asker:
             return ""
         tokens = f"{self.journal.tokens_in:,} + {self.journal.tokens_out:,} tokens"
         return tokens if self.ledger.price is None else f"{tokens}, {self.ledger.spent:.4f} spent"
-
-
-def _drain(source: Iterator[Request], again: deque[Request]) -> Iterator[Request]:
-    """The requests of the source, then those that were refused meanwhile."""
-    yield from source
-    while again:
-        yield again.popleft()
 
 
 def checks_digest(config: CaptionConfig) -> str:
@@ -166,8 +191,10 @@ def judge(reply: Reply, describer: Describer, config: CaptionConfig, *, batch: b
         tokens_out=reply.tokens_out,
         codes=() if reply.status == "ok" else ("unusable" if reply.status == "rejected" else "failed",),
         checks=checks_digest(config),
-        model=describer.model,
+        # What was recorded or written here costs nothing, whatever model wrote it once.
+        model=describer.model if describer.name in SERVICES else f"{describer.name}:{describer.model}",
         batch=batch,
+        time=time.time(),
     )
     if reply.status == "ok":
         verdict = _check(reply, describer, config)
@@ -183,6 +210,17 @@ def judge(reply: Reply, describer: Describer, config: CaptionConfig, *, batch: b
     # Who gives the same text again is not asked again.
     retry = entry.status == "rejected" and request.attempt <= config.retries and not describer.repeats
     return replace(entry, status="retry") if retry else entry
+
+
+def judge_again(request: Request, entry: Entry, describer: Describer, config: CaptionConfig) -> Entry:
+    """Return the entry of a stored reply under today's check settings; its tokens were counted when it came."""
+    if entry.text is None:
+        # A refusal or a broken reply holds nothing to judge; there may be more attempts than there were.
+        retry = entry.status == "rejected" and entry.attempt <= config.retries and not describer.repeats
+        return replace(entry, status="retry") if retry else entry
+    reply = Reply(replace(request, attempt=entry.attempt), "ok", text=entry.text)
+    judged = judge(reply, describer, config, batch=entry.batch)
+    return replace(judged, model=entry.model)
 
 
 def _check(reply: Reply, describer: Describer, config: CaptionConfig) -> Verdict:

@@ -119,10 +119,22 @@ class RemoteConfig(Section):
         if value is None:
             return value
         parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # the port is out of range
+            good = False
+        if not good:
             raise ValueError("an address starts with http:// or https://, e.g. http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("the address holds more than a host and a path; a key belongs into the environment")
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Settings are recorded with the run.
+        if any(re.search(r"api[-_]?key|secret|password|authorization|access[-_]?token", name, re.I) for name in value):
+            raise ValueError("a key or password does not belong into the settings; it comes from the environment")
         return value
 
 
@@ -195,7 +207,7 @@ class CaptionConfig(Section):
     retries: Annotated[int, Field(ge=0)] = 2
     limit: Annotated[int, Field(ge=0)] | None = None
     shard: str | None = None
-    max_cost: Annotated[float, Field(ge=0)] | None = None
+    max_cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     prices: Path | None = None
     seed: int = 0
     style: StyleConfig = StyleConfig()
@@ -203,6 +215,13 @@ class CaptionConfig(Section):
     remote: RemoteConfig = RemoteConfig()
     batch: BatchConfig = BatchConfig()
     local: LocalConfig = LocalConfig()
+
+    @field_validator("kinds")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("one or both of identity and clothing, each once")
+        return value
 
     @field_validator("shard")
     @classmethod

@@ -34,7 +34,8 @@ def dbscan(
 ) -> Ints:
     """Return the DBSCAN cluster of every row, shape (N,): 0, 1, ... in the order of their first core row; noise is -1.
 
-    The labels equal `sklearn.cluster.DBSCAN(eps, min_samples, metric="cosine").fit(points as float64, weight).labels_`.
+    The labels equal `sklearn.cluster.DBSCAN(eps, min_samples, metric="cosine").fit(points as float64, weight).labels_`
+    unless a distance lies within 1e-12 of eps, as on grids of whole numbers.
     Two rows are neighbours if 1 - x.y <= eps with x, y scaled to length 1, all in float64; a row of zeros has distance
     1 to every other row; every row is its own neighbour. A core has neighbours of total weight >= min_samples; cores
     that are neighbours share a cluster; another row belongs to the lowest-numbered cluster that has a core near it.
@@ -50,7 +51,7 @@ def dbscan(
         eps: cosine distance, > 0.
         min_samples: the row itself counts.
         weight: of each row, shape (N,), as scikit-learn's `sample_weight`; 1 by default.
-        block: rows of a tile; changes speed and nothing else.
+        block: rows of a tile; changes speed, and the outcome of ties in the last bit (see above).
 
     Raises:
         DataError: a value is not finite.

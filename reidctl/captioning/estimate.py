@@ -215,10 +215,10 @@ def estimate_total(
     )
 
 
-def upper_cost(
+def most_tokens(
     asked: Sequence[Ask], widths: npt.ArrayLike, heights: npt.ArrayLike, price: Price, config: CaptionConfig
-) -> float:
-    """Return what the dearest single request of a run can cost: what to reserve before one is sent.
+) -> tuple[int, int]:
+    """Return the tokens, in and out, that the dearest single request of a run can take.
 
     It is the largest image, the longest prompt with the longest reason of a retry, and an answer of `max_tokens`. The
     text tokens are the guess times `MARGIN` (1.5, where the guess was 14 % short at worst); image tokens follow the
@@ -227,9 +227,9 @@ def upper_cost(
     """
     images = _image_tokens(widths, heights, price, config)
     if not len(images) or not asked:
-        return 0.0
+        return 0, 0
     text = math.ceil(max(ask.tokens_again for ask in asked) * MARGIN)
-    return price.cost(int(images.max()) + text, config.remote.max_tokens, batch=config.batch.enabled)
+    return int(images.max()) + text, config.remote.max_tokens
 
 
 def _image_tokens(

@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from reidctl.captioning.asking import judge_again
 from reidctl.captioning.backends.base import Request
 from reidctl.captioning.config import CaptionConfig
-from reidctl.captioning.estimate import MARGIN, Ask, Estimate, asks, estimate_total, text_tokens, upper_cost
+from reidctl.captioning.estimate import MARGIN, Ask, Estimate, asks, estimate_total, most_tokens, text_tokens
 from reidctl.captioning.journal import Index
 from reidctl.captioning.plan import Plan
 from reidctl.captioning.pricing import Price
@@ -32,7 +33,7 @@ def forecast(plan: Plan, neutral: Sequence[Request], stored: Index, price: Price
     config, describer = plan.config, plan.describer
     sizes: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for request, size in plan.sized_requests():
-        if not _done(stored, request):
+        if not _done(stored, request, plan):
             sizes[request.kind].append(size)
     asked = asks(config, plan.instructions, describer.model)
     parts = []
@@ -40,7 +41,7 @@ def forecast(plan: Plan, neutral: Sequence[Request], stored: Index, price: Price
         widths, heights = zip(*found, strict=True)
         of_kind = [ask for ask in asked if ask.kind == kind]
         parts.append(estimate_total(of_kind, widths, heights, price, config, repeats=describer.repeats))
-    rest = [request for request in neutral if not _done(stored, request)]
+    rest = [request for request in neutral if not _done(stored, request, plan)]
     if rest:
         parts.append(_of_captions(rest, plan, price))
     total = len(plan) + len(neutral)
@@ -48,9 +49,12 @@ def forecast(plan: Plan, neutral: Sequence[Request], stored: Index, price: Price
     return {"texts": total, "stored": total - ahead.requests, **ahead.as_dict()}
 
 
-def _done(stored: Index, request: Request) -> bool:
+def _done(stored: Index, request: Request, plan: Plan) -> bool:
+    """Whether nobody will be asked: a text that other check settings judged is judged by today's, without a trace."""
     slot = stored.find(request.key)
-    return slot is not None and slot.final
+    if slot is None or not slot.final or not slot.stale:
+        return slot is not None and slot.final
+    return judge_again(request, stored.read(slot), plan.describer, plan.config).final
 
 
 def _of_captions(requests: Sequence[Request], plan: Plan, price: Price | None) -> Estimate:
@@ -65,8 +69,8 @@ def _of_captions(requests: Sequence[Request], plan: Plan, price: Price | None) -
 
 def dearest(
     asked: Sequence[Ask], images: pd.DataFrame, captions: Sequence[str], price: Price, config: CaptionConfig, model: str
-) -> float:
-    """Return the upper bound of one request's price over all requests of a run: what to reserve before one is sent.
+) -> tuple[int, int]:
+    """Return the tokens, in and out, of the dearest request of a run: what to reserve before one is sent.
 
     Args:
         asked: see `estimate.asks`.
@@ -76,9 +80,10 @@ def dearest(
         config: the `caption` section.
         model: `Describer.model`.
     """
-    bound = upper_cost(asked, images["width"], images["height"], price, config)
+    sent, received = most_tokens(asked, images["width"], images["height"], price, config)
     if not captions:
-        return bound
-    longest = neutral_prompt(max(captions, key=len), config, model=model)
-    sent = math.ceil(MARGIN * text_tokens(retry_text(longest.system + longest.text, "x" * 300)))
-    return max(bound, price.cost(sent, config.remote.max_tokens, batch=config.batch.enabled))
+        return sent, received
+    longest = neutral_prompt(max(captions, key=text_tokens), config, model=model)
+    frame = "x" * 400  # the two messages and the JSON schema around them
+    again = math.ceil(MARGIN * text_tokens(retry_text(longest.system + longest.text + frame, "x" * 300)))
+    return max(sent, again), config.remote.max_tokens

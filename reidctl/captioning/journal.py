@@ -37,6 +37,7 @@ class Entry:
         checks: digest of the check settings that judged the text; with other settings it is judged again, not asked.
         model: who wrote it, for the price.
         batch: whether it came at the batch price.
+        time: seconds since 1970 when it was stored; the parts of several machines are put in order by it.
     """
 
     image_id: str
@@ -55,6 +56,7 @@ class Entry:
     checks: str = ""
     model: str = ""
     batch: bool = False
+    time: float = 0.0
 
     @property
     def key(self) -> Key:
@@ -74,6 +76,7 @@ class Slot(NamedTuple):
         part, offset, length: number of the part file, and the line's bytes in it.
         status, attempt: of the entry.
         stale: judged under other check settings than today's.
+        time: see `Entry`.
     """
 
     part: int
@@ -82,6 +85,7 @@ class Slot(NamedTuple):
     status: str
     attempt: int
     stale: bool
+    time: float
 
     @property
     def final(self) -> bool:
@@ -99,12 +103,17 @@ class Usage(NamedTuple):
 class Index:
     """The stored replies of a folder by key. The texts stay on disk: memory grows by about 300 bytes per reply.
 
-    The first final reply of a key counts; a final one that was judged under other check settings gives way to a later
-    one. Parts are read in the order of their names, so every machine comes to the same choice.
+    The first final reply of a key counts. One that was judged under other check settings gives way to a later judgement
+    but not to a failure: the text may pass today. Parts are read in the order of their names and judgements compared by
+    their times, so every machine comes to the same choice.
 
     Args:
         folder: of the parts `replies-*.jsonl`; need not exist.
         checks: digest of today's check settings.
+
+    Attributes:
+        tokens: over every reply ever stored, by who was asked and `in` or `out`.
+        prompts: number of texts by kind and prompt digest.
     """
 
     def __init__(self, folder: Path, checks: str = "") -> None:
@@ -114,6 +123,7 @@ class Index:
         self._parts: list[Path] = []
         self._readers: dict[int, BinaryIO] = {}
         self.tokens: Counter[tuple[Usage, str]] = Counter()
+        self.prompts: Counter[tuple[str, str]] = Counter()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -175,14 +185,20 @@ class Index:
         return self._parts.index(path)
 
     def _keep(self, entry: Entry, part: int, offset: int, length: int) -> None:
-        used = Usage(entry.model, entry.batch)
-        self.tokens[used, "in"] += entry.tokens_in
-        self.tokens[used, "out"] += entry.tokens_out
         short = _short(entry.key)
         known = self._slots.get(short)
-        if known is None or not known.final or known.stale:
-            stale = entry.checks != self._checks
-            self._slots[short] = Slot(part, offset, length, entry.status, entry.attempt, stale)
+        # The same line in two parts (a part that was copied under two names) was paid for once.
+        copied = known is not None and (known.attempt, known.time) == (entry.attempt, entry.time) and entry.time > 0
+        if not copied:
+            used = Usage(entry.model, entry.batch)
+            self.tokens[used, "in"] += entry.tokens_in
+            self.tokens[used, "out"] += entry.tokens_out
+        if known is None:
+            self.prompts[entry.kind, entry.prompt_sha256] += 1
+        stale = entry.checks != self._checks
+        new = Slot(part, offset, length, entry.status, entry.attempt, stale, entry.time)
+        if known is None or not known.final or (known.stale and _overrules(new, known)):
+            self._slots[short] = new
 
 
 class Journal(Index):
@@ -250,8 +266,15 @@ class Journal(Index):
     ) -> None:
         assert self._stream is not None
         self._sync()
+        if not self._end:
+            self._path.unlink(missing_ok=True)  # an empty part would be in the way where parts are merged
         self._stream.close()
         self.close()
+
+
+def _overrules(new: Slot, known: Slot) -> bool:
+    """Whether a judgement replaces one that was made under other check settings."""
+    return new.status != "failed" and (not new.stale or new.time >= known.time)
 
 
 def _short(key: Key) -> bytes:
@@ -290,6 +313,15 @@ def _read_part(path: Path) -> Iterator[tuple[Entry, int, int]]:
 
 
 _NAMES = frozenset(field.name for field in fields(Entry))
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("image_id", "image_version", "kind", "prompt_sha256", "status", "checks", "model"), str),
+    **dict.fromkeys(("attempt", "tokens_in", "tokens_out", "clothing_words"), int),
+    **dict.fromkeys(("text", "reason"), (str, type(None))),
+    "coverage": (float, int, type(None)),
+    "time": (float, int),
+    "batch": bool,
+    "codes": tuple,
+}
 
 
 def _parse(line: bytes) -> Entry | None:
@@ -298,8 +330,7 @@ def _parse(line: bytes) -> Entry | None:
         return None
     try:
         row: dict[str, Any] = {name: value for name, value in json.loads(line).items() if name in _NAMES}
-        entry = Entry(**{**row, "codes": tuple(row.get("codes", ()))})
-    except (ValueError, TypeError, AttributeError):
+        entry = Entry(**{**row, "codes": tuple(map(str, row.get("codes", ())))})
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    texts = (entry.image_id, entry.image_version, entry.kind, entry.prompt_sha256, entry.status)
-    return entry if all(isinstance(text, str) for text in texts) else None
+    return entry if all(isinstance(getattr(entry, name), kind) for name, kind in _TYPES.items()) else None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from reidctl.captioning.backends.base import Describer, Request
+from reidctl.captioning.backends.replay import ReplayDescriber
 from reidctl.captioning.config import CaptionConfig
 from reidctl.captioning.journal import Entry
 from reidctl.captioning.prompts import Prompt, build_prompt
@@ -38,6 +40,7 @@ class Plan:
         root: Path | None = None,
     ) -> None:
         chosen = images.drop_duplicates("image_id")
+        self._names = _names(chosen)
         if config.limit is not None:
             chosen = chosen.head(config.limit)
         if config.shard is not None:
@@ -54,6 +57,10 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.images) * len(self.config.kinds)
+
+    def prompt_digests(self) -> set[str]:
+        """Return the digests of all prompts that this run may send."""
+        return {self._prompt(kind, style).digest for kind in self.config.kinds for style in self._style_ids or [None]}
 
     def requests(self) -> Iterator[Request]:
         """Yield the first attempt of every text; the texts of one image follow each other."""
@@ -75,6 +82,7 @@ class Plan:
                     instruction=self._instruction[style_id],
                     attributes=attributes,
                     image_version=version,
+                    names=tuple(name for name in (image_id, _short(image_id), path) if self._names[name] == 1),
                 )
 
     def sized_requests(self) -> Iterator[tuple[Request, tuple[int, int]]]:
@@ -112,6 +120,9 @@ class Plan:
 
     def _version(self, sha256: str | None, attributes: Mapping[str, str]) -> str:
         """The image's digest; where the text comes from the attributes, theirs."""
+        if isinstance(self.describer, ReplayDescriber):
+            # Another recording is another answer to the same question.
+            return f"{sha256 or ''}:{self.describer.content}"
         if self.describer.source != "template":
             return sha256 or ""
         return hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()
@@ -121,6 +132,16 @@ class Plan:
             instruction = self._instruction[style_id]
             self._prompts[kind, style_id] = build_prompt(kind, instruction, self.config, model=self.describer.model)
         return self._prompts[kind, style_id]
+
+
+def _names(images: pd.DataFrame) -> Counter[str]:
+    """How many images of the whole table each name could mean; an image counts once for each of its names."""
+    pairs = zip(images["image_id"], images["path"], strict=True)
+    return Counter(name for image_id, path in pairs for name in {image_id, _short(image_id), path})
+
+
+def _short(image_id: str) -> str:
+    return image_id.partition(":")[2] or image_id
 
 
 def in_shard(image_id: str, shard: str) -> bool:

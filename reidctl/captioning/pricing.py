@@ -303,6 +303,8 @@ class _Reader:
             number = math.inf
         if not (math.isfinite(number) and number >= 0):
             raise self._wrong((*place, key), f"`{key}` must be a number from 0 (it is {number})")
+        if key == "batch" and number > 1:
+            raise self._wrong((*place, key), f"`batch` is a share of the price, 1 at most (it is {number})")
         return number
 
     def _mapping(self, value: Any, place: tuple[str, ...], known: tuple[str, ...] | None) -> dict[Any, Any]:

@@ -79,11 +79,12 @@ def command(
     else:
         record = caption.run(Run(run), merged, data=data, force=force, dry_run=dry_run)
     emit(record, run=run, as_json=json_, lines=_lines(record))
-    if record.get("stopped") == "budget":
+    if record.get("over_budget"):
         left = int(record["metrics"].get("not_asked") or 0)
         raise GateError(
             f"Stopped at the budget of {section['max_cost']}: {left} texts were not asked for.",
-            hint="Everything stored is kept; raise --max-cost and run it again.",
+            hint="Everything stored is kept: raise --max-cost and run it again, or take what is there with "
+            f"--mllm replay:{run}.",
         )
 
 
@@ -98,7 +99,8 @@ def _into(section: dict[str, Any], name: str, flags: dict[str, Any]) -> None:
 
 def _lines(record: dict[str, Any]) -> list[str]:
     if record["status"] == "cancelled":
-        return [f"{record['metrics']['cancelled']} batches are being cancelled; what they finished is still fetched."]
+        number = record["metrics"]["cancelled"]
+        return [f"{number} batches are being cancelled; `--batch --no-wait` fetches what they had finished."]
     lines = _dry_lines(record) if record["status"] == "dry-run" else _done_lines(record)
     styles = record["styles"]
     eps = "" if styles.get("eps") is None else f", eps {styles['eps']:.4f}"
@@ -108,7 +110,7 @@ def _lines(record: dict[str, Any]) -> list[str]:
 
 
 def _done_lines(record: dict[str, Any]) -> list[str]:
-    shown = ["ok", "rejected", "failed", *(["open"] if record["status"] == "pending" else [])]
+    shown = ["ok", "rejected", "failed", *(["open"] if record.get("pending") else [])]
     rows = [[kind, *(str(counts.get(status, 0)) for status in shown)] for kind, counts in record["texts"].items()]
     lines = table(["text", *shown], rows)
     if record.get("refused_by_check"):
@@ -119,13 +121,13 @@ def _done_lines(record: dict[str, Any]) -> list[str]:
     if record["status"] == "pending":
         lines.append(f"{record['pending']} requests are open in a batch: run the same command later to fetch them.")
     if record["status"] == "part":
-        lines.append("this is one shard: copy all caption/parts together, then run without --shard.")
+        lines.append("this is one part: with all caption/parts together, run without --shard or --limit 0.")
     return lines
 
 
 def _money(record: dict[str, Any]) -> str:
     cost = record["metrics"].get("cost")
-    return "" if cost is None else f"; {cost:.4f} {record['currency']} at the prices of the table"
+    return "" if not cost else f"; {cost:.4f} {record['currency']} at the prices of the table"
 
 
 def _dry_lines(record: dict[str, Any]) -> list[str]:

@@ -15,7 +15,13 @@ class ClosedPipe(Exception):
 _UNLIMITED = 10_000
 """Columns of a table in a pipe: it is as wide as it needs to be, so that a program finds every row on one line."""
 
-_UNFINISHED = {"pending": "pending", "part": "one part", "dry-run": "dry run", "cancelled": "cancelled"}
+_UNFINISHED = {
+    "pending": "pending",
+    "part": "one part",
+    "dry-run": "dry run",
+    "cancelled": "cancelled",
+    "budget": "stopped",
+}
 """Statuses of a stage that did not finish, as people read them."""
 
 KEYS = ("stage", "status", "run", "outputs", "metrics", "seconds")

@@ -1,5 +1,7 @@
 """Descriptions damaged on purpose, to measure how much training depends on them."""
 
+import hashlib
+
 import numpy as np
 
 from reidctl.data import Corpus
@@ -10,8 +12,8 @@ def exchange_descriptions(corpus: Corpus, share: float, *, seed: int = 0) -> Cor
     """Return the corpus with the identity and clothing texts of some train images taken from other people's images.
 
     The limitation that 001 and 002 name (their texts are only as good as the model that wrote them), made measurable:
-    train at several shares and draw the curve. Other splits keep their texts. The draw depends on the seed and the
-    image alone: a higher share damages the same images in the same way, and more.
+    train at several shares and draw the curve. Other splits keep their texts. Whether an image
+    is damaged depends on the seed and its id: a higher share damages the same images in the same way, and more.
 
     Args:
         corpus: all splits.
@@ -32,9 +34,19 @@ def exchange_descriptions(corpus: Corpus, share: float, *, seed: int = 0) -> Cor
             hint="Run `reidctl caption` first.",
         )
     identity, clothing = list(corpus.identity), list(corpus.clothing)
-    order = np.random.default_rng((seed, 164)).permutation(len(rows))
+    ids = [str(corpus.images["image_id"].iloc[row]) for row in rows]
+    order = np.argsort([_draw(seed, image_id, "order") for image_id in ids], kind="stable")
+    by_person = np.argsort(people, kind="stable")
+    first = np.searchsorted(people[by_person], people, side="left")
+    count = np.searchsorted(people[by_person], people, side="right") - first
     for place in order[: round(share * len(rows))]:
-        others = np.flatnonzero(people != people[place])
-        giver = rows[others[np.random.default_rng((seed, 165, int(rows[place]))).integers(len(others))]]
+        # Among the images of all others: sorted by person, the own ones are one block that is stepped over.
+        draw = _draw(seed, ids[place], "giver") % (len(rows) - count[place])
+        giver = rows[by_person[draw if draw < first[place] else draw + count[place]]]
         identity[rows[place]], clothing[rows[place]] = corpus.identity[giver], corpus.clothing[giver]
     return Corpus(corpus.images, corpus.captions, identity, clothing, corpus.root)
+
+
+def _draw(seed: int, image_id: str, what: str) -> int:
+    code = hashlib.blake2b(f"{seed}\0{what}\0{image_id}".encode("utf-8", "surrogatepass"), digest_size=7).digest()
+    return int.from_bytes(code, "big")

@@ -46,13 +46,16 @@ class Store:
         wanted = (request for request in requests if custom_id(request) not in self.times)
         with closing(describer.describe(wanted)) as replies:
             for reply in replies:
-                if reply.status != "failed":
-                    with self._path.open("a") as stream:
-                        stream.write(custom_id(reply.request) + "\n")
-                    self.times[custom_id(reply.request)] += 1
+                self.keep(reply)
                 fresh.append(reply)
         self.replies += fresh
         return fresh
+
+    def keep(self, reply: Reply) -> None:
+        if reply.status != "failed":
+            with self._path.open("a") as stream:
+                stream.write(custom_id(reply.request) + "\n")
+            self.times[custom_id(reply.request)] += 1
 
     def complete(self, requests: list[Request]) -> bool:
         return self.times == Counter(custom_id(request) for request in requests)

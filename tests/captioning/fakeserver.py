@@ -12,6 +12,9 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from reidctl.captioning.backends.base import Reply, Request
+from reidctl.captioning.config import CaptionConfig, RemoteConfig
+
 IDENTITY = "The person is a young man with a slim build and tall stature."
 CLOTHING = "The person is in a red shirt, blue trousers and white sneakers."
 
@@ -177,3 +180,18 @@ def serve(
     finally:
         server.shutdown()
         server.server_close()
+
+
+def asked(picture: str, count: int = 1) -> list[Request]:
+    return [
+        Request(f"image-{index}", picture, "identity", "system", "identity: describe", "d") for index in range(count)
+    ]
+
+
+def ask(url: str, requests: list[Request], **remote: Any) -> list[Reply]:
+    """The replies of the remote describer, with short pauses."""
+    from reidctl.captioning.backends.openai import OpenAIDescriber
+
+    options = {"backoff_s": 0.01, "attempts": 3, "timeout_s": 5.0} | remote
+    config = CaptionConfig(remote=RemoteConfig(base_url=url, **options))
+    return list(OpenAIDescriber("gpt-4", config).describe(requests))

@@ -192,6 +192,20 @@ def test_errors_inside_a_batch_are_failed_replies_with_their_reason(tmp_path: Pa
     assert open_requests(tmp_path) == 0
 
 
+def test_what_the_content_filter_took_is_refused_as_it_is_one_at_a_time(tmp_path: Path, picture: str) -> None:
+    def filtered(rows: list[dict[str, Any]]) -> Ended:
+        error = {"error": {"code": "content_filter", "message": "The response was filtered."}}
+        other = {"error": {"code": "invalid_image", "message": "no image"}}
+        lines = [answer(rows[0], status=400, body=error), failure(rows[1], "content_policy_violation")]
+        return Ended([], [*lines, answer(rows[2], status=400, body=other), answer(rows[3], status=500, body=other)])
+
+    with serve_batches(end=filtered) as provider:
+        replies = run(tmp_path, settings(provider.url), asked(picture, 2))
+    told = [(reply.status, reply.own_fault) for reply in replies]
+    assert told == [("rejected", False), ("rejected", False), ("failed", True), ("failed", False)]
+    assert replies[0].reason == "the model refused"
+
+
 def test_a_batch_that_fails_its_validation_shows_why(
     tmp_path: Path, picture: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,3 +392,34 @@ def test_a_run_comes_back_day_by_day_until_every_text_is_there(tmp_path: Path, p
     assert totals[-1]["asked"] == 0 and seen[0] == seen[1] == 4
     assert totals[-1]["tokens_out"] == 13 * 20
     assert open_requests(tmp_path / "run") == 0
+
+
+def test_an_interrupted_run_leaves_no_replies_once_all_are_stored(
+    tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after three of eight; the parts reach the disk before the file with the replies goes."""
+    images = pd.DataFrame({"image_id": list("abcd"), "path": picture, "split": "train", "sha256": "0"})
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    monkeypatch.delattr(os, "sync")  # waits for every disk of the machine, one that is gone included
+    stored = 0
+
+    def advance(count: int, note: str) -> None:
+        nonlocal stored
+        stored += count
+        if stored == 3:
+            raise KeyboardInterrupt
+
+    with serve_batches() as provider:
+        config = settings(provider.url).model_copy(update={"style": StyleConfig(algorithm="none")})
+        with pytest.raises(KeyboardInterrupt):
+            caption_images(images, None, make_describer(config, tmp_path), config, tmp_path, advance=advance)
+        assert len(list(tmp_path.glob("batch-*.jsonl"))) == 1
+        synced.clear()
+        made = caption_images(images, None, make_describer(config, tmp_path), config, tmp_path)
+    assert made.totals["ok"] == 8 and set(provider.submitted.values()) == {1}
+    assert not list(tmp_path.glob("batch-*.jsonl"))
+    assert str(tmp_path / "parts" / "replies-000.jsonl") in synced

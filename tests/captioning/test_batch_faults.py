@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from batchclient import KEY, Store, asked, run, settings
 from batchserver import Ended, Fault, Provider, all_good, answer, failure, serve_batches
 from PIL import Image
 
-from reidctl.captioning.backends.base import Request
+from reidctl.captioning.backends.base import Reply, Request
 from reidctl.captioning.backends.batch import BatchDescriber, open_requests
 from reidctl.captioning.backends.batch_state import BatchState, custom_id
+from reidctl.captioning.budget import Ledger
+from reidctl.captioning.config import CaptionConfig
 from reidctl.errors import DataError, RemoteError, UsageError
 
 
@@ -202,17 +206,151 @@ def test_a_twin_that_shows_late_is_cancelled_too(tmp_path: Path, picture: str) -
     }
 
 
-def test_a_gateway_page_in_place_of_the_replies_does_not_make_them_paid_again(tmp_path: Path, picture: str) -> None:
-    page = Fault(200, b"<html>gateway</html>")
+@pytest.mark.parametrize(("lines", "said"), [(1, "1 of 2 replies"), (2, "nothing that is a reply")])
+def test_a_gateway_page_in_place_of_the_replies_does_not_make_them_paid_again(
+    tmp_path: Path, picture: str, lines: int, said: str
+) -> None:
+    page = Fault(200, b"<html>gateway</html>\n" * lines)
     store, requests = Store(tmp_path), asked(picture, 1)
     with serve_batches(fault=lambda kind, number: page if kind == "content" else None) as provider:
         describer = BatchDescriber("gpt-4", settings(provider.url), tmp_path)
-        with pytest.raises(RemoteError, match="none of them"):
+        with pytest.raises(RemoteError, match=f"sends {said}"):
             store.run(describer, requests)
         assert open_requests(tmp_path) == 2
         provider.fault = lambda kind, number: None
         store.run(describer, requests)
     assert store.complete(requests) and set(provider.submitted.values()) == {1}
+
+
+def test_a_download_that_always_ends_early_at_a_line_is_kept_at_the_provider(tmp_path: Path, picture: str) -> None:
+    class Short(Provider):
+        def respond(self, kind: str, *others: Any) -> Any:
+            whole = super().respond(kind, *others)
+            return b"".join(whole.splitlines(keepends=True)[:3]) if kind == "content" else whole
+
+    store, requests = Store(tmp_path), asked(picture)
+    with serve_batches() as provider:
+        provider.__class__ = Short
+        describer = BatchDescriber("gpt-4", settings(provider.url), tmp_path)
+        with pytest.raises(RemoteError, match="sends 3 of 6 replies"):
+            store.run(describer, requests)
+        assert open_requests(tmp_path) == 6 and provider.calls["content"] == 3
+        provider.__class__ = Provider
+        store.run(describer, requests)
+    assert store.complete(requests) and set(provider.submitted.values()) == {1}
+
+
+@pytest.mark.parametrize("lost", ["create", "upload"])
+def test_a_list_that_gives_its_first_page_for_ever_ends_the_search(tmp_path: Path, picture: str, lost: str) -> None:
+    class Same(Provider):
+        def respond(self, kind: str, name: str, query: dict[str, list[str]], *others: Any) -> Any:
+            if kind == "list":
+                return super().respond(kind, name, {}, *others) | {"has_more": True}
+            whole = super().respond(kind, name, query, *others)
+            return whole | {"has_more": True} if kind == "files" else whole
+
+    fault = Fault(reset=True, after=True)
+    with serve_batches(fault=lambda kind, number: fault if kind == lost and number == 1 else None) as provider:
+        provider.__class__ = Same
+        assert len(run(tmp_path, settings(provider.url), asked(picture, 1))) == 2
+    assert set(provider.submitted.values()) == {1}
+    assert not [name for name, _ in provider.files.values() if name.startswith("reidctl")]
+
+
+class OneEach:
+    """Every reply of the fake provider costs 1."""
+
+    def cost(self, tokens_in: int, tokens_out: int, *, batch: bool = False) -> float:
+        return tokens_out / 20
+
+
+def within(max_cost: float, folder: Path, config: CaptionConfig, requests: list[Request]) -> tuple[Ledger, list[Reply]]:
+    """A run with a budget: what was spent, and every reply."""
+    store = Store(folder)
+    ledger = Ledger(OneEach(), most=(0, 20), max_cost=max_cost, batch=True)
+    describer = BatchDescriber("gpt-4", config, folder)
+    wanted = (request for request in requests if custom_id(request) not in store.times)
+    replies = []
+    for reply in describer.describe(ledger.affordable(wanted, describer.paid())):
+        ledger.settle(reply)
+        store.keep(reply)
+        replies.append(reply)
+    return ledger, replies
+
+
+def two_of_all(status: str) -> Callable[[list[dict[str, Any]]], Ended]:
+    def end(rows: list[dict[str, Any]]) -> Ended:
+        return Ended([answer(row) for row in rows[:2]], [failure(row, f"batch_{status}") for row in rows[2:]], status)
+
+    return end
+
+
+@pytest.mark.covers(132)
+@pytest.mark.parametrize("polls", [0, 1], ids=["ended-before", "ends-while-we-wait"])
+@pytest.mark.parametrize("status", ["expired", "cancelled"])
+def test_what_a_batch_left_undone_asks_the_budget_again(tmp_path: Path, picture: str, status: str, polls: int) -> None:
+    """Run 1 submits ten; the batch ends with two; run 2 may spend nothing; run 3 may spend everything."""
+    requests = asked(picture, 5)
+    with serve_batches(end=two_of_all(status), polls=polls) as provider:
+        within(10.0, tmp_path, settings(provider.url, wait=False), requests)
+        assert len(provider.submitted) == 10
+        ledger, replies = within(0.5, tmp_path, settings(provider.url), requests)
+        assert ledger.spent == 2.0 and set(provider.submitted.values()) == {1}
+        # What an expired batch left is not even let through; what is held, or was cancelled, gets a row that says so.
+        bad = [reply for reply in replies if reply.status == "failed"]
+        assert len(replies) - len(bad) == 2 and len(bad) == (0 if (status, polls) == ("expired", 0) else 8)
+        assert all("the next run asks again" in str(reply.reason) and reply.own_fault for reply in bad)
+        provider.end = all_good
+        ledger, replies = within(8.0, tmp_path, settings(provider.url), requests)
+    assert ledger.spent == 8.0 and Store(tmp_path).complete(requests)
+    assert sorted(provider.submitted.values()) == [1, 1, *[2] * 8]
+
+
+def test_the_errors_of_a_batch_that_was_put_aside_ask_the_budget_again(tmp_path: Path, picture: str) -> None:
+    def one_good(rows: list[dict[str, Any]]) -> Ended:
+        broken = [answer(rows[1], body={"choices": []}), *(answer(row, status=500, body={}) for row in rows[2:])]
+        return Ended([answer(rows[0]), *broken])
+
+    old, new = asked(picture, 2, digest="old"), asked(picture, 1, digest="new")
+    with serve_batches(end=one_good) as provider:
+        within(9.0, tmp_path, settings(provider.url, wait=False), old)
+        provider.fault = lambda kind, number: None
+        within(9.0, tmp_path, settings(provider.url), new)
+        describer = BatchDescriber("gpt-4", settings(provider.url), tmp_path)
+        assert list(map(describer.paid(), old)) == [True, False, False, False]
+        before = provider.submitted
+        ledger, replies = within(0.5, tmp_path, settings(provider.url), old)
+    assert [reply.status for reply in replies] == ["ok"] and ledger.stopped
+    assert provider.submitted == before
+
+
+def test_a_batch_that_found_the_queue_full_asks_the_budget_before_it_goes_out_again(
+    tmp_path: Path, picture: str
+) -> None:
+    problems = [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}]
+    for polls in (0, 1):
+        folder = tmp_path / str(polls)
+        folder.mkdir()
+        with serve_batches(end=lambda rows: Ended(status="failed", problems=problems), polls=polls) as provider:
+            within(9.0, folder, settings(provider.url, wait=False), asked(picture, 2))
+            ledger, replies = within(0.5, folder, settings(provider.url), asked(picture, 2))
+        assert len(replies) == 4 * polls and {reply.status for reply in replies} <= {"failed"}
+        assert ledger.spent == 0.0 and provider.calls["create"] == 1
+
+
+def test_paid_are_requests_that_are_with_the_provider_or_here(tmp_path: Path, picture: str) -> None:
+    requests, others = asked(picture, 2), asked(picture, 2, digest="other")
+    with serve_batches() as provider:
+        describer = BatchDescriber("gpt-4", settings(provider.url, wait=False), tmp_path)
+        assert not any(map(describer.paid(), requests))  # before there is a file
+        list(describer.describe(requests))
+        assert all(map(describer.paid(), requests)) and not any(map(describer.paid(), others))
+        with closing(describer.describe(requests)) as replies:
+            kept = [next(replies), next(replies), next(replies)]
+        assert all(map(describer.paid(), requests))  # here, and perhaps not stored
+        assert [reply.request for reply in describer.describe(requests)] == requests
+        assert not any(map(describer.paid(), requests))  # the run has stored them
+    assert len(kept) == 3 and set(provider.submitted.values()) == {1}
 
 
 def test_an_interrupted_wait_goes_on_with_the_next_run(tmp_path: Path, picture: str) -> None:

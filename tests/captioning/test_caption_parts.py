@@ -7,13 +7,14 @@ import pytest
 from fakeserver import CLOTHING, IDENTITY
 from test_caption_run import NO_STYLE, Stub, pictures, run
 
-from reidctl.captioning.backends.base import Reply, Request, failed
+from reidctl.captioning.backends.base import Reply, Request, failed, rejected
 from reidctl.captioning.budget import Ledger
-from reidctl.captioning.config import CaptionConfig, CheckConfig, StyleConfig
+from reidctl.captioning.config import BatchConfig, CaptionConfig, CheckConfig, RemoteConfig, StyleConfig
+from reidctl.captioning.embedding import hashed
 from reidctl.captioning.journal import Index
 from reidctl.captioning.plan import in_shard, part_name
 from reidctl.captioning.run import caption_images
-from reidctl.errors import UsageError
+from reidctl.errors import RemoteError, UsageError
 
 
 class Penny:
@@ -61,7 +62,7 @@ def test_a_shard_that_is_none_is_refused(shard: str) -> None:
 def test_the_budget_stops_before_it_is_overdrawn_and_more_money_goes_on(tmp_path: Path) -> None:
     # A stub's reply has 10 + 5 tokens: 0.15; the bound per request is 0.2.
     def paid(limit: float, stub: Stub):
-        ledger = Ledger(Penny(), bound=0.2, max_cost=limit)
+        ledger = Ledger(Penny(), most=(15, 5), max_cost=limit)
         config = CaptionConfig(style=NO_STYLE, max_cost=limit)
         return caption_images(pictures(10), None, stub, config, tmp_path, ledger=ledger)
 
@@ -70,13 +71,50 @@ def test_the_budget_stops_before_it_is_overdrawn_and_more_money_goes_on(tmp_path
     assert made.stopped == "budget" and made.totals["cost"] <= 1.0
     assert sum(poor.seen.values()) == 6  # 5 x 0.15 + 0.2 <= 1.0 < 6 x 0.15 + 0.2
     assert made.totals["not_asked"] == 14 and made.codes == {"not-asked": 14}
-    assert made.captions["status"].value_counts().to_dict() == {"failed": 14, "ok": 6}
+    assert not (tmp_path / "captions.parquet").exists()
     broke = Stub()
     assert paid(1.0, broke).stopped == "budget" and not broke.seen
     rich = Stub()
     made = paid(100.0, rich)
     assert made.stopped is None and sum(rich.seen.values()) == 14
     assert made.totals["cost"] == pytest.approx(20 * 0.15)
+
+
+def test_a_server_that_counts_no_tokens_is_charged_the_most_a_request_can_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = Stub(lambda request: Reply(request, "ok", IDENTITY if request.kind == "identity" else CLOTHING))
+    with caplog.at_level("WARNING", logger="reidctl"):
+        ledger = Ledger(Penny(), most=(15, 5), max_cost=1.0)
+        made = caption_images(pictures(10), None, silent, CaptionConfig(style=NO_STYLE), tmp_path, ledger=ledger)
+    assert made.stopped == "budget" and sum(silent.seen.values()) == 5  # 5 x 0.2
+    assert made.totals["cost"] == pytest.approx(1.0) and caplog.text.count("does not count its tokens") == 1
+    again = Ledger(Penny(), most=(15, 5), max_cost=1.0)
+    caption_images(pictures(10), None, silent, CaptionConfig(style=NO_STYLE), tmp_path, ledger=again)
+    assert again.spent == pytest.approx(1.0) and sum(silent.seen.values()) == 5
+
+
+def test_replies_dearer_than_foreseen_raise_what_is_reserved(tmp_path: Path) -> None:
+    dear = Stub(lambda request: Reply(request, "ok", IDENTITY, tokens_in=40, tokens_out=10))
+    ledger = Ledger(Penny(), most=(15, 5), max_cost=1.2)
+    config = CaptionConfig(style=NO_STYLE, kinds=("identity",))
+    made = caption_images(pictures(10), None, dear, config, tmp_path, ledger=ledger)
+    assert sum(dear.seen.values()) == 2 and made.totals["cost"] == pytest.approx(1.0)  # a third would make 1.5
+
+
+def test_a_part_that_was_copied_twice_was_paid_for_once(tmp_path: Path) -> None:
+    made = run(tmp_path, Stub())
+    part = tmp_path / "parts/replies-000.jsonl"
+    (tmp_path / "parts/replies-0001-of-0002.jsonl").write_bytes(part.read_bytes())
+    assert run(tmp_path, Stub()).totals["tokens_in"] == made.totals["tokens_in"] == 80
+
+
+def test_a_run_about_no_image_writes_no_table_and_no_part(tmp_path: Path) -> None:
+    before = run(tmp_path, Stub()).captions
+    made = run(tmp_path, Stub(), limit=0)
+    assert made.stopped == "part" and len(made.captions) == len(before) == 8
+    assert not list((tmp_path / "new").rglob("*.jsonl")) and run(tmp_path / "new", Stub(), limit=0).stopped == "part"
+    assert not list((tmp_path / "new").rglob("*.jsonl"))
 
 
 def test_requests_in_flight_are_reserved(tmp_path: Path) -> None:
@@ -86,7 +124,7 @@ def test_requests_in_flight_are_reserved(tmp_path: Path) -> None:
             yield from super().describe(iter(held))
 
     greedy = Greedy()
-    ledger = Ledger(Penny(), bound=0.2, max_cost=1.0)
+    ledger = Ledger(Penny(), most=(15, 5), max_cost=1.0)
     made = caption_images(pictures(10), None, greedy, CaptionConfig(style=NO_STYLE), tmp_path, ledger=ledger)
     assert sum(greedy.seen.values()) == 5 and made.stopped == "budget"
 
@@ -132,18 +170,20 @@ class Slow(Stub):
 
 def test_a_deferred_describer_leaves_the_run_pending_and_a_later_run_ends_it(tmp_path: Path) -> None:
     describer = Slow()
-    made = run(tmp_path, describer)
+    no_wait = {"batch": BatchConfig(enabled=True, wait=False)}
+    made = run(tmp_path, describer, **no_wait)
     assert made.stopped == "pending" and made.pending == 8
     assert made.texts == {"identity": {"open": 4}, "clothing": {"open": 4}}
     assert not (tmp_path / "captions.parquet").exists()
-    made = run(tmp_path, describer)
+    made = run(tmp_path, describer, **no_wait)
     assert made.stopped is None and made.totals["ok"] == 8
 
 
 def test_replies_that_are_paid_for_are_fetched_even_when_the_budget_is_spent(tmp_path: Path) -> None:
     def paid(limit: float, describer: Slow):
-        ledger = Ledger(Penny(), bound=0.2, max_cost=limit)
-        return caption_images(pictures(4), None, describer, CaptionConfig(style=NO_STYLE), tmp_path, ledger=ledger)
+        ledger = Ledger(Penny(), most=(15, 5), max_cost=limit)
+        config = CaptionConfig(style=NO_STYLE, batch=BatchConfig(enabled=True, wait=False))
+        return caption_images(pictures(4), None, describer, config, tmp_path, ledger=ledger)
 
     describer = Slow()
     made = paid(1.0, describer)
@@ -171,7 +211,7 @@ def test_another_model_in_the_folder_is_said_before_everything_is_asked_anew(
     other.model = "stub-2"
     with caplog.at_level("WARNING", logger="reidctl"):
         run(tmp_path, other)
-    assert "none of the 8 stored replies" in caplog.text and len(other.seen) == 8
+    assert "8 stored replies belong to other prompts" in caplog.text and len(other.seen) == 8
 
 
 def human_frame(count: int):
@@ -187,13 +227,21 @@ def test_a_model_can_neutralise_the_train_captions_once(tmp_path: Path) -> None:
     def answer(request: Request):
         if request.kind == "neutral":
             assert request.image_path == ""
-            return request.attributes["caption"]
+            return f"There is somebody here: {request.attributes['caption']}"
         return IDENTITY if request.kind == "identity" else CLOTHING
 
     images, frame = pictures(40), human_frame(40)
     config = CaptionConfig(style=StyleConfig(neutralise="mllm"))
     stub = Stub(answer)
-    made = caption_images(images, frame, stub, config, tmp_path)
+    clustered: list[str] = []
+
+    def embed(texts: list[str]):
+        clustered.extend(texts)
+        return hashed(texts)
+
+    made = caption_images(images, frame, stub, config, tmp_path, embed=embed)
+    # What the model wrote was clustered, not the captions.
+    assert clustered and all(text.startswith("There is person here:") for text in clustered)
     train = set(frame.loc[frame["image_id"].isin(images.loc[images["split"] == "train", "image_id"]), "text"])
     asked = [key for key in stub.seen if key[1] == "neutral"]
     assert len(asked) == len(train) and made.totals["ok"] == 80
@@ -206,6 +254,139 @@ def test_a_model_can_neutralise_the_train_captions_once(tmp_path: Path) -> None:
     stored = Index(tmp_path / "parts").load()
     assert len(stored) == len(train) + 80
     stored.close()
+
+
+def test_captions_that_the_model_fails_on_are_neutralised_by_the_lexicon_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first: list[str] = []
+
+    def answer(request: Request):
+        if request.kind == "neutral":
+            first.append(request.attributes["caption"])
+            return failed(request, "no", own_fault=True) if len(first) > 1 else "There is somebody over here today."
+        return IDENTITY if request.kind == "identity" else CLOTHING
+
+    seen: list[str] = []
+
+    def embed(texts: list[str]):
+        seen.extend(texts)
+        return hashed(texts)
+
+    config = CaptionConfig(style=StyleConfig(neutralise="mllm"))
+    with caplog.at_level("WARNING", logger="reidctl"):
+        caption_images(pictures(40), human_frame(40), Stub(answer), config, tmp_path, embed=embed)
+    assert "neutralised by the lexicon" in caplog.text
+    colours = {"red", "blue", "black", "white", "green"}
+    assert not any(colours & set(text.lower().replace(",", " ").split()) for text in seen)
+
+
+def test_a_model_that_neutralises_nothing_stops_the_run_before_the_images(tmp_path: Path) -> None:
+    stub = Stub(lambda request: failed(request, "no", own_fault=True))
+    config = CaptionConfig(style=StyleConfig(neutralise="mllm"))
+    with pytest.raises(RemoteError, match="no usable neutral text"):
+        caption_images(pictures(40), human_frame(40), stub, config, tmp_path)
+    assert {kind for _, kind in stub.seen} == {"neutral"}
+
+
+def test_a_budget_spent_on_neutralising_leaves_no_styles_and_no_table(tmp_path: Path) -> None:
+    stub = Stub(lambda request: "There is somebody over here today.")
+    config = CaptionConfig(style=StyleConfig(neutralise="mllm"))
+    ledger = Ledger(Penny(), most=(15, 5), max_cost=1.0)
+    made = caption_images(pictures(40), human_frame(40), stub, config, tmp_path, ledger=ledger)
+    assert made.stopped == "budget" and not made.styles.size
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+def test_damaged_images_do_not_look_like_a_service_that_is_down(tmp_path: Path) -> None:
+    def answer(request: Request):
+        damaged = int(request.image_id[-3:]) < 12
+        return failed(request, "the image cannot be read", own_fault=True) if damaged else IDENTITY
+
+    made = run(tmp_path, Stub(answer), count=20, kinds=("identity",), remote=RemoteConfig(max_failures=5))
+    assert made.totals["failed"] == 12 and made.totals["ok"] == 8
+
+
+def test_styles_come_back_after_a_run_without_styles(tmp_path: Path) -> None:
+    images, frame = pictures(40), human_frame(40)
+    with_styles = caption_images(images, frame, Stub(), CaptionConfig(), tmp_path)
+    caption_images(images, frame, Stub(), CaptionConfig(style=NO_STYLE), tmp_path)
+    nobody = Stub()
+    again = caption_images(images, frame, nobody, CaptionConfig(), tmp_path)
+    assert len(again.styles) == len(with_styles.styles) == 6 and not nobody.seen
+    assert again.captions.equals(with_styles.captions)
+
+
+def test_nothing_of_an_earlier_run_changes_before_there_is_something_better(tmp_path: Path) -> None:
+    run(tmp_path, Stub())
+    before = (tmp_path / "captions.parquet").read_bytes()
+    touched: list[str] = []
+    dead = Stub(lambda request: failed(request, "down"))
+    config = CaptionConfig(style=NO_STYLE, seed=1, remote=RemoteConfig(max_failures=3))
+    with pytest.raises(RemoteError):
+        caption_images(pictures(4), None, dead, config, tmp_path, before_writing=lambda: touched.append("x"))
+    assert not touched and (tmp_path / "captions.parquet").read_bytes() == before
+
+
+def test_what_another_model_wrote_is_counted_at_its_own_price(tmp_path: Path) -> None:
+    class Dear(Penny):
+        def cost(self, tokens_in: int, tokens_out: int, *, batch: bool = False) -> float:
+            return 100 * super().cost(tokens_in, tokens_out, batch=batch)
+
+    prices = {"dear": Dear(), "cheap": Penny(), "free": None}
+
+    def spend(model: str, limit: float | None = None) -> float:
+        stub = Stub()
+        stub.model = model
+        ledger = Ledger(prices[model], most=(15, 5), max_cost=limit, price_of=prices.get)
+        images = pictures(1).assign(sha256=model)
+        return caption_images(images, None, stub, CaptionConfig(style=NO_STYLE), tmp_path, ledger=ledger).totals["cost"]
+
+    assert spend("dear") == pytest.approx(30.0)
+    assert spend("cheap") == pytest.approx(30.3)
+    assert spend("free") == pytest.approx(30.3)
+    assert spend("dear") == pytest.approx(30.3)  # nothing new
+
+
+def test_more_retries_are_used_on_refusals_that_hold_no_text(tmp_path: Path) -> None:
+    refusing = Stub(lambda request: rejected(request, "the model refused", tokens_in=10))
+    run(tmp_path, refusing, count=1, kinds=("identity",), retries=0)
+    better = Stub(lambda request: IDENTITY)
+    made = run(tmp_path, better, count=1, kinds=("identity",), retries=1)
+    assert made.totals["ok"] == 1 and sum(better.seen.values()) == 1
+    assert "the model refused" in better.prompts[0]
+
+
+def test_refused_texts_of_a_deferred_describer_wait_for_the_next_run(tmp_path: Path) -> None:
+    class Full(Slow):
+        """One place: takes one request more than it has answered."""
+
+        def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
+            self.calls = getattr(self, "calls", 0) + 1
+            yield Reply(next(iter(requests)), "ok", "No.", tokens_in=10)
+
+    describer = Full()
+    made = run(tmp_path, describer, batch=BatchConfig(enabled=True, wait=False))
+    assert describer.calls == 1 and made.stopped == "pending" and made.pending == 8
+
+
+def test_kinds_are_asked_once_each() -> None:
+    for wrong in (("identity", "identity"), ()):
+        with pytest.raises(ValueError, match="each once"):
+            CaptionConfig(kinds=wrong)
+
+
+@pytest.mark.parametrize("name", ["api_key", "Authorization", "x-api-key", "password"])
+def test_a_secret_among_the_extra_fields_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="environment"):
+        RemoteConfig(extra={name: "x"})
+
+
+def test_what_a_program_sends_as_a_reason_is_one_printable_line() -> None:
+    request = Request("a", "a.png", "identity", "s", "p", "d")
+    reason = failed(request, "\x1b[2J\x1b]0;owned\x07 bad\nreidctl: fake \ud800 line " + "x" * 900).reason
+    assert reason is not None and reason.isprintable() and len(reason) <= 240 and "\x1b" not in reason
+    reason.encode()
 
 
 def test_a_template_cannot_neutralise(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # ruff: noqa: E501
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from sixstyles import captions as write_captions
 
 from reidctl.captioning.backends.base import Reply, Request, failed, make_describer
 from reidctl.captioning.config import CaptionConfig, RemoteConfig, StyleConfig
-from reidctl.captioning.run import CaptionRun, caption_images, train_captions
+from reidctl.captioning.run import CaptionRun, caption_images
+from reidctl.captioning.stylebook import train_captions
 from reidctl.errors import RemoteError
 from reidctl.tables import read_table
 
@@ -132,7 +134,7 @@ def test_limit_then_more_asks_only_for_the_rest(tmp_path: Path) -> None:
     rest = Stub()
     run(tmp_path, rest)
     assert len(rest.seen) == 6
-    assert run(tmp_path / "none", Stub(), limit=0).captions.empty
+    assert run(tmp_path / "none", Stub(), limit=0).stopped == "part"
 
 
 def test_another_prompt_model_or_image_is_asked_again(tmp_path: Path) -> None:
@@ -209,8 +211,9 @@ def test_hostile_replies_and_captions_stay_text(tmp_path: Path, hostile: str) ->
         tmp_path,
     )
     assert made.captions["status"].eq("rejected").all()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "captions.parquet", "parts", "replies-000.jsonl", "styles.json", "styles.parquet",
+    names = sorted(re.sub("[0-9a-f]{12}", "X", path.name) for path in tmp_path.rglob("*"))
+    assert names == [
+        "captions.parquet", "parts", "replies-000.jsonl", "styles-X.json", "styles-X.parquet", "styles.parquet",
     ]  # fmt: skip
 
 

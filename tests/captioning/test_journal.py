@@ -101,6 +101,27 @@ def test_a_final_reply_judged_by_other_checks_gives_way_to_a_later_one(tmp_path:
         assert [kept.status for kept in journal.entries()] == ["ok"]
 
 
+def test_judgements_of_several_parts_are_put_in_order_by_their_time(tmp_path: Path) -> None:
+    with Journal(tmp_path, "replies-0001-of-0001.jsonl") as shard:
+        shard.append(entry("a", "ok", text="early", checks="old", time=1.0))
+    with Journal(tmp_path) as merged:  # its part comes first by name
+        merged.append(entry("a", "ok", text="late", checks="strict", time=2.0))
+        merged.append(entry("a", "failed", text=None, time=3.0))
+    stored = Index(tmp_path, checks="new").load()
+    assert [(kept.text, kept.status) for kept in stored.entries()] == [("late", "ok")]
+    stored.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens_in": None}, {"text": 5}, {"attempt": "1"}, {"codes": 3}, {"time": "x"}, {"batch": None}]
+)
+def test_a_line_with_a_value_of_another_type_is_left_out(tmp_path: Path, change: dict) -> None:
+    row = {"image_id": "a", "image_version": "0", "kind": "identity", "prompt_sha256": "d", "attempt": 1}
+    row |= {"status": "ok", "text": "x", "reason": None}
+    tmp_path.joinpath("replies-000.jsonl").write_text(json.dumps(row | change) + "\n" + "[" * 100_000 + "\n")
+    assert len(Index(tmp_path).load()) == 0
+
+
 def test_tokens_are_summed_over_everything_that_was_paid_for(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         journal.append(entry("a", "retry", tokens_in=10, tokens_out=1, model="m"))

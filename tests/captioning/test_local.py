@@ -1,8 +1,12 @@
+import base64
+import io
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tinyvlm
 import torch
@@ -13,6 +17,7 @@ from reidctl.captioning.backends import local
 from reidctl.captioning.backends.base import Request, make_describer
 from reidctl.captioning.backends.local import LocalDescriber
 from reidctl.captioning.backends.local_prompt import ChatPrompts
+from reidctl.captioning.backends.picture import data_url
 from reidctl.errors import UsageError
 
 SIZES = ((48, 96), (40, 160), (64, 64), (300, 500))
@@ -115,7 +120,7 @@ def test_requests_without_an_image_share_a_batch_with_others(
     assert alone.tokens_in < replies["0"].tokens_in
 
 
-def fail_above(size: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def fail_above(size: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None = None) -> list[int]:
     """Make generate run out of memory for more than `size` rows; return the list of all sizes that are tried."""
     tried: list[int] = []
     load = local.load
@@ -127,7 +132,7 @@ def fail_above(size: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def limited(**inputs: Any) -> Any:
             tried.append(len(inputs["input_ids"]))
             if tried[-1] > size:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+                raise (error or torch.cuda.OutOfMemoryError)("CUDA out of memory. Tried to allocate 2 GiB.")
             return generate(**inputs)
 
         model.generate = limited
@@ -254,14 +259,31 @@ def test_a_start_token_that_the_template_writes_is_not_added_again(tmp_path: Pat
     assert counts[0] == counts[1]
 
 
-def test_pictures_are_upright_small_and_without_metadata(tmp_path: Path) -> None:
-    image = Image.new("RGB", (800, 400), "red")
+def test_a_local_model_sees_the_pictures_that_a_server_gets(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Image.Image] = {}
+    encode = local._Speaker._encode
+
+    def watched(self: Any, items: Any) -> Any:
+        seen.update({item.request.image_id: item.picture for item in items})
+        return encode(self, items)
+
+    monkeypatch.setattr(local._Speaker, "_encode", watched)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    picture = local._picture(str(tmp_path / "turned.jpg"), 200)
-    assert (picture.size, picture.mode, picture.info, dict(picture.getexif())) == ((100, 200), "RGB", {}, {})
-    assert local._picture(str(tmp_path / "turned.jpg"), None).size == (400, 800)
+    Image.new("RGB", (800, 400), "red").save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(np.full((96, 48), 32768, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((96, 48), 0.5, np.float32)).save(tmp_path / "float.tif")
+    Image.new("RGBA", (48, 96), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    expected = {"turned": (254, 0, 0), "deep": (127, 127, 127), "float": (127, 127, 127), "clear": (255, 255, 255)}
+    ask(models["llava"], requests(sorted(tmp_path.iterdir())), settings(remote={"image_side": 200}))
+    for name, colour in expected.items():
+        assert (seen[name].mode, seen[name].info, dict(seen[name].getexif())) == ("RGB", {}, {})
+        assert seen[name].getpixel((8, 8)) == pytest.approx(colour, abs=2)
+        path = next(tmp_path.glob(f"{name}.*"))
+        assert Image.open(io.BytesIO(base64.b64decode(data_url(str(path), 200)[23:]))).size == seen[name].size
+    assert seen["turned"].size == (100, 200)
 
 
 def test_requests_are_read_one_batch_ahead_at_most(models: dict[str, Path], pictures: list[Path]) -> None:
@@ -279,12 +301,8 @@ def test_requests_are_read_one_batch_ahead_at_most(models: dict[str, Path], pict
     assert len(read) == 4
 
 
-@pytest.mark.parametrize("family", tinyvlm.FAMILIES)
-def test_nothing_is_loaded_before_the_first_request_and_all_is_freed_at_the_end(
-    family: str, models: dict[str, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import weakref
-
+def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the list of weak references to all models that are loaded from now on."""
     loaded: list[Any] = []
     load = local.load
 
@@ -294,10 +312,44 @@ def test_nothing_is_loaded_before_the_first_request_and_all_is_freed_at_the_end(
         return found
 
     monkeypatch.setattr(local, "load", watched)
+    return loaded
+
+
+@pytest.mark.parametrize("family", tinyvlm.FAMILIES)
+def test_a_model_is_loaded_at_the_first_request_and_once_for_all_calls(
+    family: str, models: dict[str, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = watch_loads(monkeypatch)
     describer = make_describer(settings(mllm=f"hf:{models[family]}", batch=2))
     assert isinstance(describer, LocalDescriber) and list(describer.describe([])) == [] and not loaded
+    first = [outcome(reply) for reply in describer.describe(requests(pictures[:2]))]
     replies = describer.describe(requests(pictures))
     next(replies)
-    assert loaded[0]() is not None
     replies.close()
+    assert [outcome(reply) for reply in describer.describe(requests(pictures[:2]))] == first
+    assert len(loaded) == 1 and loaded[0]() is not None
+    describer.close()
     assert loaded[0]() is None
+    assert [outcome(reply) for reply in describer.describe(requests(pictures[:2]))] == first
+    assert len(loaded) == 2
+    describer.close()
+    describer.close()
+
+
+def test_a_model_is_freed_with_its_describer(
+    models: dict[str, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = watch_loads(monkeypatch)
+    describer = LocalDescriber(str(models["llava"]), settings())
+    list(describer.describe(requests(pictures[:1])))
+    assert loaded[0]() is not None
+    del describer
+    assert loaded[0]() is None
+
+
+def test_memory_that_runs_out_outside_the_accelerator_halves_the_batch_too(
+    models: dict[str, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_above(2, monkeypatch, MemoryError)
+    replies = ask(models["llava"], requests(pictures[:3]), settings(batch=3))
+    assert all(reply.status != "failed" for reply in replies.values())

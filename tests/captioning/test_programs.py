@@ -1,10 +1,13 @@
 import json
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from reidctl.captioning.backends.base import Reply, Request, make_describer
@@ -307,6 +310,77 @@ for line in sys.stdin:
     assert [number for number in pids if is_alive(number)] == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_program_that_ignores_its_input_does_not_outlive_a_killed_client(tmp_path: Path) -> None:
+    source = f"""
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "pids")!r}, "w").write(f"{{os.getpid()}} {{child.pid}}\\n")
+time.sleep(60)
+"""
+    client = f"""
+from reidctl.captioning.backends.base import Request
+from reidctl.captioning.backends.command import CommandDescriber
+from reidctl.captioning.config import RemoteConfig
+describer = CommandDescriber({program(tmp_path, source)!r}, RemoteConfig())
+list(describer.describe([Request("i", "", "identity", "", "", "")]))
+"""
+    running = subprocess.Popen([sys.executable, "-c", client])
+    pids = tmp_path / "pids"
+    wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
+    numbers = [int(number) for number in pids.read_text().split()]
+    assert all(is_alive(number) for number in numbers)
+    running.kill()
+    running.wait()
+    wait_until(lambda: not any(is_alive(number) for number in numbers))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_nothing_waits_beside_a_program_that_ended(tmp_path: Path) -> None:
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = children.read_text()
+    assert len(list(CommandDescriber(program(tmp_path, ECHO), RemoteConfig()).describe(requests(3)))) == 3
+    assert children.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "MY_OWN_KEY"])
+def test_a_key_that_the_program_repeats_is_stored_nowhere(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reidctl.captioning.run import caption_images
+
+    monkeypatch.setenv(name, "plainsecret0123456789")
+    source = f"""
+import json, os, sys
+for line in sys.stdin:
+    row, key = json.loads(line), os.environ[{name!r}]
+    said = {{"error": f"Incorrect API key provided: {{key}}, sk-proj-abcdefghijklmnop"}}
+    if row["kind"] == "clothing":
+        said = {{"text": f"The person wears a red coat and black boots, {{key}}."}}
+    print(json.dumps({{"id": row["id"]}} | said), flush=True)
+"""
+    images = pd.DataFrame(
+        {"image_id": ["a", "b"], "path": "x.png", "split": "train", "sha256": "0", "width": 64, "height": 128}
+    )
+    remote = RemoteConfig(key_env="MY_OWN_KEY", max_failures=100)
+    config = CaptionConfig(mllm="command:x", remote=remote)
+    describer = CommandDescriber(program(tmp_path, source), remote)
+    made = caption_images(images, None, describer, config, tmp_path / "run")
+    reasons = dict(zip(made.captions["kind"], made.captions["reason"], strict=True))
+    assert reasons["identity"].endswith(": [key], [key]")
+    assert reasons["clothing"] == "the text repeats an API key"
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert b"plainsecret" not in stored and b"sk-proj" not in stored
+
+
 def test_a_child_that_keeps_the_output_open_does_not_hide_the_end(tmp_path: Path) -> None:
     source = """
 import json, subprocess, sys
@@ -373,7 +447,7 @@ def test_names_choose_the_describer() -> None:
     def made(mllm: str, **remote: object) -> str:
         return make_describer(CaptionConfig(mllm=mllm, remote=RemoteConfig(**remote))).model  # type: ignore[arg-type]
 
-    assert made("template") == "template-2"
+    assert made("template") == "template-3"
     assert made("gpt-4") == "gpt-4o"
     assert made("openai:some-model") == "some-model"
     assert made("qwen-vl", base_url="http://127.0.0.1:1/v1") == "qwen-vl"

@@ -58,6 +58,33 @@ def test_every_form_passes_its_own_checks(opening: str) -> None:
             assert verdict.coverage == 1.0
 
 
+@pytest.mark.parametrize(
+    ("form", "kind", "expected"),
+    [
+        (Form(sentences=4), "identity",
+         "The person is an adult woman. She has a slim build. She also has a tall stature. She has long red hair as well."),
+        (Form(sentences=4, hedged=True), "clothing",
+         "The person appears to be wearing an orange striped t-shirt. They may also wear blue trousers. The outfit probably "
+         "includes black boots too. They appear to have an umbrella and a red backpack."),
+        (Form(connected=True), "clothing",
+         "The person is wearing an orange striped t-shirt and blue trousers together with black boots, with an umbrella and "
+         "a red backpack."),
+        (Form(sentences=2, separators=True), "identity",
+         "The person is an adult woman. She has a slim build; a tall stature; and long red hair."),
+    ],
+)  # fmt: skip
+def test_forms_of_several_sentences_or_joints_are_the_expected_ones(form: Form, kind: str, expected: str) -> None:
+    assert text(kind, form, CaptionConfig(hair="identity")) == expected
+
+
+def test_ornaments_fit_what_they_adorn() -> None:
+    changes = {"build": "average", "stature": "average", "hair_length": "bob", "hair_colour": "black"}
+    written = str(text("identity", Form(ornate=True), CaptionConfig(hair="identity"), **changes))
+    assert "a rather average build, a rather average stature and a neat black bob haircut." in written
+    bare = str(text("clothing", Form(ornate=True), upper_colour="", upper_type="dress", upper_pattern="plain"))
+    assert bare.split(" dress")[0].split()[-1] in ("neat", "stylish", "smart", "modern")
+
+
 def test_ethnicity_is_opt_in_and_hair_follows_its_option() -> None:
     assert "skin" not in str(text("identity"))
     assert "light skin" in str(text("identity", config=CaptionConfig(sensitive=True)))
@@ -153,6 +180,7 @@ def test_every_value_of_synthped_passes_in_every_form(config: CaptionConfig) -> 
         "carried": ("", *(f"{colour} {kind}" for colour in palette.CARRIED_COLOURS for kind in palette.CARRIED)),
     }
     people = [PERSON | {key: value} for key, known in values.items() for value in known]
+    people += [PERSON | {"age": "child", "gender": gender} for gender in ("man", "woman", "unknown")]
     people.append(PERSON | {"carried": ", ".join(f"red {kind}" for kind in palette.CARRIED[:3])})
     assert check(people, config, list(some_forms())) == set()
 
@@ -249,6 +277,10 @@ def told(person: Mapping[str, str], kind: str, config: CaptionConfig = CaptionCo
         ({"age": "adult"}, "an adult woman with"),
         ({"age": "elderly", "gender": "man"}, "an elderly man with"),
         ({"gender": "unknown"}, "an adult person with"),
+        ({"gender": "unknown", "age": "teenage"}, "The person is a teenager with"),
+        ({"age": "child"}, "The person is a girl with"),
+        ({"age": "child", "gender": "man"}, "The person is a boy with"),
+        ({"age": "kid", "gender": "none"}, "The person is a child with"),
         ({"age": "none", "gender": "none"}, "The person has a slim build and a tall stature."),
         ({"build": "average", "stature": "short"}, "an average build and a short stature"),
         ({"build": "heavy", "stature": "none"}, "a heavy build."),

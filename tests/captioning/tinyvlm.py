@@ -247,9 +247,8 @@ def _set_ends(model: Any, tokenizer: Any, share: float | None) -> None:
 
 def settings(*, batch: int = 4, temperature: float = 0.0, max_tokens: int = 24, **more: Any) -> CaptionConfig:
     """Return a caption section for a local model."""
-    return CaptionConfig.model_validate(
-        {"remote": {"temperature": temperature, "max_tokens": max_tokens}, "local": {"batch": batch}, **more}
-    )
+    remote = {"temperature": temperature, "max_tokens": max_tokens} | more.pop("remote", {})
+    return CaptionConfig.model_validate({"remote": remote, "local": {"batch": batch}, **more})
 
 
 def requests(pictures: list[Path], *, prompt: str | None = None, system: str = "Answer in English.") -> list[Request]:

@@ -14,14 +14,14 @@ import pytest
 from commandline import cli, program, refused
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "captioning"))
-from batchserver import serve_batches
-from fakeserver import Answer, good, serve
+from batchserver import Fault, serve_batches
+from fakeserver import CLOTHING, IDENTITY, Answer, completion, good, serve
 
 from reidctl import tables
 
 KEY = "sk-test-THISISTHEKEY0123456789"
 ENV = {"OPENAI_API_KEY": KEY}
-# One text style and no retries: every image costs exactly two requests.
+# One text style, and a server that writes well: every image costs exactly two requests.
 PLAIN = ("--styles", "none", "--set", "caption.remote.backoff_s=0.01")
 
 
@@ -193,7 +193,8 @@ def test_the_budget_is_kept_to_the_cent_and_exit_5_says_so(run, tmp_path):
         result = caption(run, seen, *words, "--max-cost", 3, "--json")
         assert result.code == 5, result.err
         record = json.loads(result.out)
-        assert record["stopped"] == "budget" and record["currency"] == "EUR"
+        assert record["status"] == "budget" and record["over_budget"] and record["currency"] == "EUR"
+        assert not (run / "caption" / "stage.json").exists()
         spent = record["metrics"]["cost"]
         assert spent == pytest.approx(0.12 * len(seen.requests)) and 1.5 < spent <= 3
         assert record["metrics"]["not_asked"] == 80 - len(seen.requests)
@@ -202,6 +203,91 @@ def test_the_budget_is_kept_to_the_cent_and_exit_5_says_so(run, tmp_path):
         result = caption(run, seen, *words, "--max-cost", 100, "--json")
         assert result.code == 0 and len(seen.requests) == 80
         assert json.loads(result.out)["metrics"]["cost"] == pytest.approx(9.6)
+
+
+def test_what_a_stopped_run_bought_can_be_used(run, tmp_path):
+    with serve() as seen:
+        result = caption(run, seen, "--max-cost", 0.05, "--set", "caption.remote.max_tokens=20", "--json")
+        assert result.code == 5
+        bought = result.json["metrics"]["ok"]
+        assert 0 < bought < 80 and f"replay:{run}" in result.err
+    taken = cli("caption", "--run", run, "--mllm", f"replay:{run}", *PLAIN, "--json")
+    assert taken.code == 0 and taken.json["metrics"]["ok"] == bought, taken.err
+
+
+def test_a_finished_table_outlives_a_dead_key_and_a_small_budget(run):
+    assert cli("caption", "--run", run, "--mllm", "template").code == 0
+    kept = {path: path.read_bytes() for path in (run / "caption").glob("*") if path.is_file()}
+    with serve(lambda request, number: Answer(401, {"error": {"message": "no"}})) as seen:
+        assert caption(run, seen).code == 4
+    with serve() as seen:
+        assert caption(run, seen, "--max-cost", 0.00001).code == 5
+    assert {path: path.read_bytes() for path in (run / "caption").glob("*") if path.is_file()} == kept
+
+
+@pytest.mark.covers(124)
+def test_the_styles_of_the_train_captions_reach_the_server(run):
+    with serve() as seen:
+        base = ("caption", "--run", run, "--mllm", "gpt-4", "--base-url", seen.url, "--json")
+        result = cli(*base, env=ENV)
+    assert result.code == 0, result.err
+    frame = tables.read_table(run / "caption" / "styles.parquet", "styles")
+    assert len(frame) >= 2
+    asked_in = {text for body in seen.requests for text in frame["instruction"] if text in prompt_of(body)}
+    assert asked_in == set(frame["instruction"])
+    captions = tables.read_table(run / "data" / "captions.parquet", "captions")
+    assert not any(text in prompt_of(body) for text in captions["text"] for body in seen.requests[:5])
+
+
+def prompt_of(body):
+    return body["messages"][1]["content"][0]["text"]
+
+
+def test_the_arguments_of_a_program_and_other_secrets_are_in_no_record(run, tmp_path):
+    script = tmp_path / "writes.py"
+    script.write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    row = json.loads(line)\n"
+        f"    text = {IDENTITY!r} if row['kind'] == 'identity' else {CLOTHING!r}\n"
+        "    print(json.dumps({'id': row['id'], 'text': text}), flush=True)\n"
+    )
+    mllm = f"command:{sys.executable} {script} --api-key s3cret-argument"
+    result = cli("caption", "--run", run, "--mllm", mllm, *PLAIN, "--json")
+    assert result.code == 0, result.err
+    assert all(b"s3cret" not in path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert "s3cret" not in result.out + result.err
+    refused(2, "environment", args=("caption", "--run", run, "--set", "caption.remote.extra={api_key: s3cret}"))
+
+
+def test_recorded_texts_are_an_input_and_an_edited_file_is_read_again(run, tmp_path):
+    images = tables.read_table(run / "data" / "images.parquet", "images")
+    table = tmp_path / "texts.csv"
+
+    def write(build):
+        rows = [f'{name},"The person is a young man with a {build} build.","{CLOTHING}"' for name in images["image_id"]]
+        table.write_text("image,identity,clothing\n" + "\n".join(rows) + "\n")
+
+    for build in ("slim", "stocky"):
+        write(build)
+        result = cli("caption", "--run", run, "--mllm", f"file:{table}", *PLAIN, "--json")
+        assert result.code == 0 and result.json["status"] == "done", result.err
+        frame = tables.read_table(run / "caption" / "captions.parquet", "captions")
+        assert frame.query("kind == 'identity'")["text"].str.contains(build).all()
+    assert cli("caption", "--run", run, "--mllm", f"file:{table}", *PLAIN, "--json").json["status"] == "up-to-date"
+
+
+def test_a_dry_run_counts_what_stricter_checks_would_ask_again(run):
+    thin = completion(json.dumps({"description": "The person is a young man in a red shirt."}))
+    full = completion(json.dumps({"description": CLOTHING}))
+    with serve(lambda request, number: thin if "identity:" in prompt_of(request) else full) as seen:
+        loose = ("--set", "caption.check.max_clothing_words=3")
+        assert caption(run, seen, *loose).code == 0
+        assert caption(run, seen, *loose, "--dry-run", "--json").json["metrics"]["requests"] == 0
+        ahead = caption(run, seen, "--dry-run", "--json").json["metrics"]["requests"]
+        assert ahead == 40 and len(seen.requests) == 80
+        caption(run, seen, "--set", "caption.retries=2")
+    assert len(seen.requests) == 80 + 2 * 40
 
 
 def test_a_budget_without_a_price_is_refused_before_anything_is_sent(run):
@@ -221,8 +307,8 @@ def test_shards_merge_by_copying_and_every_image_is_asked_once(run, tmp_path):
             shutil.copytree(machine / "caption" / "parts", run / "caption" / "parts", dirs_exist_ok=True)
         assert len(seen.requests) == 80 and max(asked(seen).values()) == 1
         # Nobody has to have the key where the parts are merged.
-        result = cli("caption", "--run", run, "--mllm", "gpt-4", "--base-url", seen.url, *PLAIN, "--json",
-                     env={"OPENAI_API_KEY": ""})  # fmt: skip
+        # Without a base URL it would be OpenAI's own service, which refuses to start without one.
+        result = cli("caption", "--run", run, "--mllm", "gpt-4", *PLAIN, "--json", env={"OPENAI_API_KEY": ""})
         assert result.code == 0, result.err
         assert len(seen.requests) == 80 and result.json["texts"]["identity"]["ok"] == 40
 
@@ -235,7 +321,9 @@ def test_a_batch_is_submitted_today_and_fetched_tomorrow_and_never_asked_directl
         assert today.code == 0 and today.json["status"] == "pending" and today.json["pending"] == 80, today.err
         assert not (run / "caption" / "captions.parquet").exists()
         direct = caption(run, provider)
-        assert direct.code == 2 and "80 requests are open in a batch" in direct.complaint()
+        assert direct.code == 2 and "80 of the texts are in a batch" in direct.err.splitlines()[-1]
+        # Another writer asks for other texts: nothing is paid twice.
+        assert cli("caption", "--run", run, "--mllm", "template", *PLAIN).code == 0
         tomorrow = caption(run, provider, *batch)
         assert tomorrow.code == 0 and tomorrow.json["texts"]["clothing"] == {"ok": 40}, tomorrow.err
         assert set(provider.submitted.values()) == {1} and len(provider.submitted) == 80
@@ -252,6 +340,16 @@ def test_batches_can_be_cancelled(run):
         assert caption(run, provider, *batch, "--no-wait").code == 0
         result = caption(run, provider, *batch, "--cancel", "--json")
         assert result.code == 0 and result.json["metrics"]["cancelled"] == 1, result.err
+        assert caption(run, provider, *batch, "--no-wait").code in (0, 4)  # fetches what there is: nothing
+    with serve() as seen:
+        assert caption(run, seen).code == 0 and len(seen.requests) == 80
+
+
+def test_a_service_without_batches_does_not_lock_the_folder(run):
+    with serve_batches(fault=lambda kind, number: Fault(404, {"error": {"message": "no such path"}})) as provider:
+        assert caption(run, provider, "--batch").code == 4
+    with serve() as seen:
+        assert caption(run, seen).code == 0 and len(seen.requests) == 80
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ class Request:
         attributes: what is known of this image; only `template` and `command` read it.
         image_version: changes when the image does; a stored reply answers one version only.
         attempt: 1 for the first time, more after a failed check.
+        names: what a file of texts may call the image: its id, its id without the dataset, its path in the images
+            table; only those that mean no other image of the table.
     """
 
     image_id: str
@@ -40,6 +42,7 @@ class Request:
     attributes: Mapping[str, str] = field(default_factory=dict)
     image_version: str = ""
     attempt: int = 1
+    names: tuple[str, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -57,6 +60,8 @@ class Reply:
             (no answer).
         text, reason: one of them is set.
         tokens_in, tokens_out: as the service counted; 0 where it did not.
+        own_fault: a failure that lies with this item (a damaged image, a request that the service refuses) and says
+            nothing about the service.
     """
 
     request: Request
@@ -65,6 +70,7 @@ class Reply:
     reason: str | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    own_fault: bool = False
 
 
 class Describer(Protocol):
@@ -101,14 +107,21 @@ class Deferred(Describer, Protocol):
         ...
 
 
-def failed(request: Request, reason: str) -> Reply:
-    """Return the reply for an item that got no answer."""
-    return Reply(request, "failed", reason=reason[:_REASON_LIMIT])
+def failed(request: Request, reason: str, *, own_fault: bool = False) -> Reply:
+    """Return the reply for an item that got no answer; see `Reply.own_fault`."""
+    return Reply(request, "failed", reason=plain(reason), own_fault=own_fault)
 
 
 def rejected(request: Request, reason: str, *, tokens_in: int = 0, tokens_out: int = 0) -> Reply:
     """Return the reply for an answer that cannot be used."""
-    return Reply(request, "rejected", reason=reason[:_REASON_LIMIT], tokens_in=tokens_in, tokens_out=tokens_out)
+    return Reply(request, "rejected", reason=plain(reason), tokens_in=tokens_in, tokens_out=tokens_out)
+
+
+def plain(reason: str) -> str:
+    """Return a reason as one bounded line of printable characters: it may hold what a program or server sent."""
+    whole = reason[: 4 * _REASON_LIMIT].encode("utf-8", "replace").decode("utf-8")  # no half characters
+    shown = "".join(letter if letter.isprintable() else " " for letter in whole)
+    return " ".join(shown.split())[:_REASON_LIMIT]
 
 
 def make_describer(config: CaptionConfig, folder: Path | None = None) -> Describer:
@@ -160,8 +173,10 @@ def make_describer(config: CaptionConfig, folder: Path | None = None) -> Describ
         from reidctl.captioning.backends.openai import OpenAIDescriber
 
         return OpenAIDescriber(model, config)
+    from reidctl.captioning.backends.server import redact
+
     raise UsageError(
-        f"Unknown describer `{config.mllm}`.",
+        f"Unknown describer `{redact(config.mllm)}`.",
         hint="Use template, replay:FILE, file:FILE, command:PROGRAM, hf:MODEL, gpt-4, openai:MODEL, or any model name "
         "with a base URL.",
     )

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reidctl.captioning.backends.base import Reply, Request, failed
-from reidctl.captioning.backends.batch_replies import Place, Shelf, index_replies, is_whole
-from reidctl.captioning.backends.batch_service import BatchService, QueueFull, is_queue_full, recover, request_file_name
+from reidctl.captioning.backends.batch_replies import Shelf, download, known_requests
+from reidctl.captioning.backends.batch_service import (
+    BatchService,
+    QueueFull,
+    Refused,
+    is_queue_full,
+    recover,
+    request_file_name,
+)
 from reidctl.captioning.backends.batch_state import (
     Batch,
     BatchState,
     RequestFile,
     custom_id,
-    known_requests,
     open_requests,
 )
 from reidctl.captioning.backends.chat import first_dialect, request_body, resolve_model
@@ -34,7 +40,6 @@ __all__ = ["BatchDescriber", "cancel_all", "open_requests"]
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _CANCELLABLE = ("validating", "in_progress")
 _REPORT_S = 60.0
-_DOWNLOADS = 3
 # A full queue may be another project's doing: what is remembered of it must not cripple every later run.
 _SMALLEST_REMEMBERED = 100
 _DEAD = ("insufficient_quota", "billing_hard_limit", "billing_not_active", "invalid_api_key", "authentication")
@@ -45,6 +50,14 @@ class BatchDescriber:
 
     Every step is in `batches.jsonl` before or right after it is taken, so that a kill at any moment neither loses a
     reply that was paid for nor asks twice. The model and the bodies are those of `OpenAIDescriber`.
+
+    What an expired batch left undone is sent once more. The unfinished requests of a cancelled batch are not: the run
+    that fetches the batch gives them as failed rows, and a later run of the same command asks for them again. No
+    request goes out that the caller let through only because it was `paid`: where an earlier process sent it and its
+    batch then brings nothing, it fails, and the next run asks the budget.
+
+    When this run has stored all replies of a batch, or an earlier run had (its journal in `parts/` tells), their file
+    is deleted; replies that no request wants stay, as paid for, in `batch-*.jsonl`.
 
     Args:
         model: as for `OpenAIDescriber`.
@@ -65,11 +78,21 @@ class BatchDescriber:
         self.model = model if server.is_azure else resolve_model(model)
         self._config = config
         self._folder = Path(folder)
+        self._round: _Round | None = None
 
     def paid(self) -> Callable[[Request], bool]:
-        """Return a test for requests that are with the provider or whose replies are here: they cost no more."""
+        """Return a test for requests that are with the provider or whose replies are here: they cost no more.
+
+        While `describe` reads its requests the test follows what the batches come to: a request whose batch ended
+        without a reply to it costs again.
+        """
         known = known_requests(self._folder)
-        return lambda request: custom_id(request) in known
+
+        def costs_no_more(request: Request) -> bool:
+            name = custom_id(request)
+            return name in known if self._round is None else self._round.knows(name)
+
+        return costs_no_more
 
     def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
         """Yield the replies of batches that ended; with `batch.wait` until no request is open.
@@ -80,17 +103,26 @@ class BatchDescriber:
             DataError: another process uses the folder, or the disk is full.
         """
         source = iter(requests)
-        first = next(source, None)
         with BatchState(self._folder) as state:
-            if first is None and not open_requests(self._folder):
-                return
+            # Where a batch is open, requests are read only after it was looked at: `paid` must know how it ended.
+            if not open_requests(self._folder):
+                first = next(source, None)
+                if first is None:
+                    return
+                source = chain([first], source)
             with BatchService(self._config) as service:
-                head = [] if first is None else [first]
-                yield from _Round(self.model, self._config, state, service, chain(head, source)).replies()
+                self._round = _Round(self.model, self._config, state, service, source)
+                try:
+                    yield from self._round.replies()
+                finally:
+                    self._round = None
 
 
 def cancel_all(config: CaptionConfig, folder: Path) -> int:
-    """Cancel the open batches of a folder and return how many; what they finished before is fetched by the next run.
+    """Cancel the open batches of a folder and return how many.
+
+    What they finished before is fetched by the next run, which gives the rest as failed rows; the run after that one
+    asks for them again.
 
     Raises:
         RemoteError: the service refuses or does not answer.
@@ -128,6 +160,7 @@ class _Round:
         self._held: dict[str, Request] = {}  # in a batch, or in the file being written
         self._resent: set[str] = set()
         self._open: set[str] = set()  # custom ids in open batches, wanted or not
+        self._promised: set[str] = set()  # those of earlier processes: let through as paid, perhaps beyond the budget
         self._shelf = Shelf(state, service.redact)
         self._fresh: set[str] = set()  # submissions fetched in this round
         self._file: RequestFile | None = None
@@ -137,11 +170,16 @@ class _Round:
         self._counts: dict[str, tuple[int, int, int]] = {}
         self._told = time.monotonic()
 
+    def knows(self, name: str) -> bool:
+        """Return whether the request with this custom id is with the provider, or what became of it is known here."""
+        return name in self._open or name in self._shelf
+
     def replies(self) -> Iterator[Reply]:
         """Yield replies until nothing that is wanted is open, or, without waiting, once around."""
         try:
             recover(self._state, self._service, self._host)
             self._open.update(*(batch.custom_ids for batch in self._state.in_phase("submitted")))
+            self._promised.update(self._open)
             self._shelf.load()
             yield from self._collect()  # first: what has ended makes room
             yield from self._send()
@@ -168,8 +206,8 @@ class _Round:
         """Answer what is on disk, remember what is open, and put the rest into batches while there is room."""
         while (request := self._next()) is not None:
             name = custom_id(request)
-            if name in self._shelf and (reply := self._shelf.reply(name, request)) is not None:
-                yield reply
+            if name in self._shelf:
+                yield self._shelf.reply(name, request)
                 self._shelf.done(name)
             elif name in self._open:
                 self._held[name] = request
@@ -191,14 +229,14 @@ class _Round:
         try:
             body = request_body(request, self._model, self._config, self._picture(request), dialect=self._dialect)
         except DataError as error:
-            yield failed(request, str(error))
+            yield failed(request, str(error), own_fault=True)
             return
         if self._file is None:
             self._file = RequestFile(self._state.folder, self._most, self._config.batch.megabytes * 1_000_000)
         try:
             is_in = self._file.add(name, body)
         except ValueError as error:
-            yield failed(request, str(error))
+            yield failed(request, str(error), own_fault=True)
             return
         if is_in:
             self._held[name] = request
@@ -225,7 +263,11 @@ class _Round:
                 return
             log.info("caption: images go to %s in a batch, model %s", self._host, self._model)
             batch = self._state.intend(file.custom_ids, self._host, structured=self._dialect.structured)
-            batch.file_id = self._service.upload(file.stream, request_file_name(batch))
+            try:
+                batch.file_id = self._service.upload(file.stream, request_file_name(batch))
+            except Refused:
+                self._state.note(batch, "dropped")  # or a service without batches would lock the folder
+                raise
         finally:
             file.close()
         self._state.note(batch, "uploaded", file_id=batch.file_id)
@@ -234,6 +276,10 @@ class _Round:
         except QueueFull as problem:
             self._shrink(batch, str(problem))
             return
+        except Refused:
+            self._service.delete_file(batch.file_id)
+            self._state.note(batch, "dropped")
+            raise
         self._state.note(batch, "submitted", batch_id=remote.id, status=remote.status)
         self._open.update(batch.custom_ids)
         log.info("caption: batch %s: %d requests submitted", batch.batch_id, len(batch.custom_ids))
@@ -251,8 +297,9 @@ class _Round:
             self._state.note(batch, "dropped", status="failed", limit=max(self._most, _SMALLEST_REMEMBERED))
         self._open.difference_update(names)
         again = [self._held.pop(name) for name in names if name in self._held]
-        if len(names) == 1:
-            self._shelf.explain(names[0], f"the batch was refused: {problem}")
+        for request in again:
+            if len(names) == 1 or custom_id(request) in self._promised:
+                self._shelf.explain(custom_id(request), f"the batch was refused: {problem}")
         self._again.extendleft(reversed(again))
         plan = f"at most {self._room} at a time" if others else f"at most {self._most} requests in one"
         log.warning("caption: the provider takes no more for now, so batches go out again, %s: %s", plan, problem)
@@ -276,60 +323,34 @@ class _Round:
     def _fetch(self, batch: Batch, remote: "RemoteBatch") -> Iterator[Reply]:
         """Bring the replies to the disk, then hand them over; the state says so after the last one was stored."""
         names = batch.custom_ids
-        found = self._download(batch, remote)
+        found = download(batch, remote, self._state, self._service, self._config.remote.backoff_s)
+        self._service.delete_file(batch.file_id)  # before the state says so: a kill must not leave the images there
+        self._state.note(batch, "downloaded", status=remote.status, replies=len(found))
         self._fresh.add(batch.id)
         self._open.difference_update(names)
         self._shelf.add(batch, found)
         for name in names:
             request = self._held.pop(name, None)
             if name not in found:
-                if remote.status == "completed" or (request is not None and self._is_over(name, remote.status)):
-                    self._shelf.explain(name, f"the batch ({remote.status}) brought no reply to this request")
-                elif request is not None:
+                if self._is_over(name, remote.status, held=request is not None):
+                    why = f"the batch ({remote.status}) brought no reply to this request; the next run asks again"
+                    self._shelf.explain(name, why, own_fault=remote.status != "completed")
+                else:
                     self._resent.add(name)
-                    self._again.append(request)
+                    self._again.extend([] if request is None else [request])
             yield from self._hand_over(name, request)
 
     def _hand_over(self, name: str, request: Request | None) -> Iterator[Reply]:
         """The reply to a request that waits for it; others wait on disk for theirs."""
-        if request is None or name not in self._shelf:
-            return
-        if (reply := self._shelf.reply(name, request)) is not None:
-            yield reply
+        if request is not None and name in self._shelf:
+            yield self._shelf.reply(name, request)
             self._shelf.done(name)
 
-    def _is_over(self, name: str, status: str) -> bool:
-        # Someone who cancelled does not want it sent again; a batch that expires twice will expire again.
-        return status == "cancelled" or name in self._resent
-
-    def _download(self, batch: Batch, remote: "RemoteBatch") -> dict[str, Place]:
-        part = self._state.folder / f"batch-{batch.id}.part"
-        done = remote.request_counts.completed if remote.request_counts else 0
-        for tries in range(_DOWNLOADS):
-            part.unlink(missing_ok=True)
-            part.touch(mode=0o600)
-            for file_id in filter(None, (remote.output_file_id, remote.error_file_id)):
-                try:
-                    self._service.download(file_id, part)
-                except FileNotFoundError:
-                    log.warning("caption: batch %s: the provider no longer has a file of it", batch.batch_id)
-                    done = 0
-                with part.open("ab") as stream:
-                    stream.write(b"\n")  # the two files must not share a line
-            if is_whole(part, done or 0):
-                break
-            log.info("caption: batch %s: the download is incomplete (try %d)", batch.batch_id, tries + 1)
-            time.sleep(self._config.remote.backoff_s * 2**tries)
-        found = index_replies(part, batch)
-        if done and not found:
-            raise RemoteError(
-                f"What the service sends as the replies of batch {batch.batch_id} is none of them.",
-                hint="They stay with the provider; run it again later.",
-            )
-        self._state.keep_replies(batch, part)
-        self._service.delete_file(batch.file_id)  # before the state says so: a kill must not leave the images there
-        self._state.note(batch, "downloaded", status=remote.status, replies=len(found))
-        return found
+    def _is_over(self, name: str, status: str, *, held: bool) -> bool:
+        """Whether this run asks no more for what an ended batch brought no reply to."""
+        # Someone who cancelled does not want it sent again; a batch that expires twice will expire again; and nobody
+        # asked the budget about what was taken for paid.
+        return status != "expired" or name in self._resent or (held and name in self._promised)
 
     def _refused(self, batch: Batch, remote: "RemoteBatch") -> Iterator[Reply]:
         """A batch that the provider did not begin: nothing was paid."""
@@ -353,6 +374,7 @@ class _Round:
         """Put aside what no request of this run asked for: paid replies are kept for a run that does."""
         if not self._exhausted:
             return
+        self._shelf.forget_stored(self._state.in_phase("downloaded"))
         left = self._state.in_phase("downloaded")
         for batch in left:
             self._state.note(batch, "aside")

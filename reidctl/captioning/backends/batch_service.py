@@ -34,6 +34,10 @@ class QueueFull(Exception):
     """The provider holds as many of our tokens as it takes at a time; it takes more when a batch has ended."""
 
 
+class Refused(RemoteError):
+    """The provider answered, and the answer is no: nothing was made."""
+
+
 class _Cut(Exception):
     """A download ended before its end."""
 
@@ -110,7 +114,12 @@ class BatchService:
                 )
             )
 
-        batch: RemoteBatch = self._persist("starting a batch", send)
+        try:
+            batch: RemoteBatch = self._persist("starting a batch", send)
+        except Refused as refusal:
+            if tries > 1:  # an earlier try may have made one
+                raise RemoteError(refusal.message, hint=refusal.hint) from None
+            raise
         if tries > 1:
             batch = self.find(mark, since) or batch
             self._doubtful[batch.id] = (mark, since)
@@ -182,10 +191,15 @@ class BatchService:
 
         async def sweep() -> None:
             # Collected first: deleting moves the pages.
-            files = [file async for file in self._client.files.list(purpose="batch") if file.filename == name]
-            for file in files:
-                if file.id != but:
-                    await self._client.files.delete(_safe(file.id))
+            found: set[str] = set()
+            seen: set[str] = set()
+            async for file in self._client.files.list(purpose="batch"):
+                if file.id in seen:
+                    break  # the same page again
+                seen.add(file.id)
+                found |= {file.id} if file.filename == name else set()
+            for file_id in found - {but}:
+                await self._client.files.delete(_safe(file_id))
 
         self._forgiving(_MAY_STAY, sweep)
 
@@ -209,14 +223,21 @@ class BatchService:
         return True
 
     async def _marked(self, mark: str, since: float) -> "list[RemoteBatch]":
-        """The batches with our mark, oldest first; pages that are wholly older than the mark end the search."""
-        found = []
+        """The batches with our mark, oldest first.
+
+        Pages that are wholly older than the mark end the search, and one that brings nothing new: some servers give
+        the first page for ever.
+        """
+        found: list[RemoteBatch] = []
+        seen: set[str] = set()
         page = await self._client.batches.list(limit=100)
         while True:
-            found += [batch for batch in page.data if (batch.metadata or {}).get(_MARK) == mark]
+            fresh = [batch for batch in page.data if batch.id not in seen]
+            seen.update(batch.id for batch in fresh)
+            found += [batch for batch in fresh if (batch.metadata or {}).get(_MARK) == mark]
             times = [batch.created_at or 0 for batch in page.data]
             is_newest_first = bool(times) and times[0] > times[-1]
-            if (is_newest_first and times[0] < since - _CLOCK_SLACK_S) or not page.has_next_page():
+            if (is_newest_first and times[0] < since - _CLOCK_SLACK_S) or not fresh or not page.has_next_page():
                 return sorted(map(_checked, found), key=lambda batch: batch.created_at or 0)
             page = await page.get_next_page()
 
@@ -264,11 +285,14 @@ class BatchService:
         """Raise for an answer that stays the same however often it is asked for."""
         if is_queue_full(f"{error.code} {error.message}"):
             raise QueueFull(problem) from None
-        stop_if_hopeless(error, self._server)
+        try:
+            stop_if_hopeless(error, self._server)
+        except RemoteError as refusal:
+            raise Refused(refusal.message, hint=refusal.hint) from None
         if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
             too_large = error.status_code == 413
             hint = "Lower caption.batch.megabytes." if too_large else "Nothing that was paid for is lost."
-            raise RemoteError(f"Refused while {what}: {problem}.", hint=hint) from None
+            raise Refused(f"Refused while {what}: {problem}.", hint=hint) from None
 
     def _backoff(self, tries: int) -> float:
         return float(min(self._config.remote.max_wait_s, self._config.remote.backoff_s * 2 ** min(tries - 1, 20)))

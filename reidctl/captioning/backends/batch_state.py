@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
 
-from reidctl.captioning.backends.base import Request
+from reidctl.captioning.backends.base import Key, Request
 from reidctl.errors import DataError
 
 _FILE = "batches.jsonl"
@@ -24,7 +24,12 @@ _OPEN = ("intended", "uploaded", "submitted")
 
 def custom_id(request: Request) -> str:
     """Return what a reply is matched by: 40 hex characters, one value per key and attempt."""
-    name = "\0".join((*request.key, str(request.attempt)))
+    return key_id(request.key, request.attempt)
+
+
+def key_id(key: Key, attempt: int) -> str:
+    """Return `custom_id` of the request with this key and attempt."""
+    name = "\0".join((*key, str(attempt)))
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
@@ -58,9 +63,14 @@ class Batch:
     replies: int = 0
 
     @property
+    def is_open(self) -> bool:
+        """Whether the provider has it, or may have it without our knowing."""
+        return self.phase in _OPEN
+
+    @property
     def waiting(self) -> int:
         """Requests that are paid for, or may be, and whose replies the run does not have."""
-        if self.phase in _OPEN:
+        if self.is_open:
             return len(self.custom_ids)
         return self.replies if self.phase == "downloaded" else 0
 
@@ -73,19 +83,23 @@ def open_requests(folder: Path) -> int:
     Raises:
         DataError: the state file is damaged.
     """
-    path = Path(folder) / _FILE
-    return sum(batch.waiting for batch in _read(path)[0].values()) if path.is_file() else 0
+    return sum(batch.waiting for batch in known_batches(folder))
 
 
-def known_requests(folder: Path) -> frozenset[str]:
-    """Return the custom ids of all requests that are with the provider, or fetched and not yet stored by the run.
+def known_batches(folder: Path) -> list[Batch]:
+    """Return all submissions of a folder, oldest first; the file is only read.
 
     Raises:
         DataError: the state file is damaged.
     """
     path = Path(folder) / _FILE
-    batches = _read(path)[0].values() if path.is_file() else ()
-    return frozenset(name for batch in batches if batch.phase != "dropped" for name in batch.custom_ids)
+    return list(_read(path)[0].values()) if path.is_file() else []
+
+
+def replies_path(folder: Path, batch: Batch) -> Path:
+    """Return where the fetched replies of a submission lie; made of our own id, never of the provider's."""
+    assert _OWN_ID.fullmatch(batch.id)
+    return Path(folder) / f"batch-{batch.id}.jsonl"
 
 
 class BatchState:
@@ -165,9 +179,8 @@ class BatchState:
         return [batch for batch in self.batches.values() if batch.phase in phases]
 
     def replies_path(self, batch: Batch) -> Path:
-        """Return where the fetched replies of a submission lie; made of our own id, never of the provider's."""
-        assert _OWN_ID.fullmatch(batch.id)
-        return self.folder / f"batch-{batch.id}.jsonl"
+        """Return `replies_path` in the folder."""
+        return replies_path(self.folder, batch)
 
     def keep_replies(self, batch: Batch, part: Path) -> None:
         """Give downloaded replies their name, once they are on the disk."""

@@ -3,20 +3,17 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from reidctl.captioning.backends.base import Reply, Request, rejected
 from reidctl.captioning.config import CaptionConfig
 
 if TYPE_CHECKING:
-    pass
-
+    from openai import APIStatusError
 
 # "GPT-4" in 001/002 is a model that sees images; the API's `gpt-4` does not.
 _ALIASES = {"gpt-4": "gpt-4o", "gpt4": "gpt-4o", "chatgpt-4": "gpt-4o", "gpt-4-vision": "gpt-4o", "gpt-4v": "gpt-4o"}
-
-
 _SCHEMA = {
     "type": "json_schema",
     "json_schema": {
@@ -30,10 +27,19 @@ _SCHEMA = {
         },
     },
 }
-
-
 # OpenAI refuses a JSON object that the messages do not ask for by name.
 _ASK_FOR_JSON = ' Answer as a JSON object with one key: {"description": "..."}.'
+_UNSUPPORTED = (
+    r"not support|unsupported|unrecogni[sz]ed|unknown|unexpected|extra|not permitted|not allowed|deprecated|only the"
+)
+_FORM = re.compile(r"response_format|json_schema|json_object|guided_json|structured[ _]outputs?", re.I)
+# OpenAI says `stop`; what other servers and gateways say when the model ended by itself.
+_ENDED = ("", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete", "completed", "finished")
+_TOO_LONG = ("length", "max_tokens", "model_length")
+_MOST_TOKENS = 10**9
+_REASONING = re.compile(r"<think>.*?</think>", re.S)
+# A JSON value that does not end, or Python's way of writing one.
+_BROKEN_JSON = re.compile(r"""\{\s*(?:["'{\[]|description\b)|\[\s*["'{\[]""")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,33 @@ def first_dialect(model: str, *, structured: bool) -> Dialect:
     if re.match(r"o\d|gpt-5", model, re.I):
         return Dialect(answer, limit="max_completion_tokens", temperature=False)
     return Dialect(answer)
+
+
+def lesson(error: "APIStatusError", dialect: Dialect) -> Dialect | None:
+    """Return the dialect without what a server has just refused; None when the refusal is about something else."""
+    if error.status_code not in (400, 422, 501):
+        return None
+    # FastAPI puts its whole message under a key that is called like one of our fields.
+    named = re.sub(r"""['"]detail['"]:""", "", str(error.param or error.message)[:1000])
+    if dialect.structured and _FORM.search(named):
+        return replace(dialect, answer="json_object" if dialect.answer == "schema" else "plain")
+    if not re.search(_UNSUPPORTED, error.message[:1000], re.I):
+        return None
+    if re.search(r"\bmax_tokens\b", named) and dialect.limit == "max_tokens":
+        return replace(dialect, limit="max_completion_tokens")
+    for option in ("temperature", "seed", "detail"):
+        if getattr(dialect, option) and re.search(rf"\b{option}\b", named):
+            off: dict[str, Any] = {option: False}
+            return replace(dialect, **off)
+    return None
+
+
+def too_large(error: "APIStatusError") -> bool:
+    """Return whether a server finds the image too large."""
+    words = re.search(
+        r"(?:image|payload|request).{0,40}too (?:large|big)|exceed.{0,40}(?:size|pixels)", error.message, re.I
+    )
+    return error.status_code == 413 or (error.status_code == 400 and words is not None)
 
 
 def resolve_model(name: str) -> str:
@@ -129,14 +162,17 @@ def parse_completion(body: Any, request: Request, *, structured: bool) -> Reply:
         "tokens_in": _tokens(body, "prompt_tokens"),
         "tokens_out": _tokens(body, "completion_tokens"),
     }
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+    ended = str(choice.get("finish_reason") or "").lower()
+    if message.get("refusal") or ended == "content_filter":
         return rejected(request, "the model refused", **tokens)
-    if choice.get("finish_reason") == "length":
+    if ended in _TOO_LONG:
         return rejected(request, "the reply breaks off: it ran into max_tokens", **tokens)
+    if ended not in _ENDED:  # half a text may be there: the server gave up on the request
+        return rejected(request, f"the reply breaks off: it ended with `{ended[:40]}`", **tokens)
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    if not isinstance(content, str) or not _answer(content):
+    if not isinstance(content, str) or not without_reasoning(content):
         return rejected(request, "the reply is empty", **tokens)
     text = unwrap_description(content, structured=structured)
     if text is None:
@@ -150,24 +186,37 @@ def unwrap_description(content: str, *, structured: bool) -> str | None:
     Plain text is fine even where JSON was asked for: some servers take the schema and ignore it, and every text is
     checked later.
     """
-    bare = re.sub(r"^```\w*\s*|\s*```$", "", _answer(content))
+    bare = re.sub(r"^```\w*\s*|\s*```$", "", without_reasoning(content) or "")
     try:
         value, end = json.JSONDecoder().raw_decode(bare, max(bare.find("{"), 0))
-    except (ValueError, RecursionError):
+    except ValueError:
         value, end = None, 0
+    except RecursionError:
+        return None
     if isinstance(value, dict) and isinstance(value.get("description"), str):
         return str(value["description"])
     if isinstance(value, str) and end == len(bare):
         return value
-    return None if bare.startswith("{") or (structured and bare.startswith("[")) else bare
+    is_json = _BROKEN_JSON.match(bare) is not None or (isinstance(value, dict | list) and end == len(bare))
+    return None if is_json and bare.startswith(("{", "[") if structured else "{") else bare
 
 
-def _answer(content: str) -> str:
-    """The content without what the model thought aloud; some templates leave out the opening mark."""
-    return re.sub(r"<think>.*\Z", "", re.sub(r"\A.*</think>", "", content, flags=re.S), flags=re.S).strip()
+def without_reasoning(text: str, *, thinking: bool = False) -> str | None:
+    """Return what follows the model's thinking aloud; None where that does not end.
+
+    Args:
+        text: what the model wrote; some templates leave out the opening mark.
+        thinking: the prompt itself has opened the reasoning.
+    """
+    before, mark, after = text.rpartition("</think>")
+    if "<think>" in after or (thinking and not mark):
+        return None
+    # Every opening mark that is left has its end, so that the search is linear.
+    return (_REASONING.sub("", before + mark).rpartition("</think>")[2] + after).strip()
 
 
 def _tokens(body: Mapping[str, Any], key: str) -> int:
     usage = body.get("usage")
     value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and value > 0 else 0
+    # Far above what any context holds: a nonsensical count must not spend the budget. `True` is an int, too.
+    return value if type(value) is int and 0 < value <= _MOST_TOKENS else 0

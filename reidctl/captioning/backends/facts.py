@@ -23,6 +23,7 @@ _AGE_WORDS = {
     "adult": "adult",
     "middle aged": "middle-aged",
 }
+_YOUNGEST = frozenset({"child", "children", "kid", "toddler", "baby", "infant"})
 _CARRIED = ("hat", "backpack", "bag", "handbag")
 _ABSENT = frozenset({"", "none", "no", "unknown", "nan", "n/a", "-"})
 _PLURALS = re.compile(
@@ -36,7 +37,7 @@ class Facts:
     """Phrases without articles, in the order in which they are told.
 
     Attributes:
-        noun: man, woman, boy, girl or person.
+        noun: man, woman, boy, girl, child or person.
         age: an adjective, or "".
         body: build, stature and what else is allowed, e.g. `slim build`.
         hair: e.g. `short black hair`, or "".
@@ -66,7 +67,7 @@ def facts_of(attributes: Mapping[str, str], *, sensitive: bool) -> Facts:
         value = given.get(key, "").replace("_", " ")
         return "" if value in _ABSENT else value
 
-    age = _AGE_WORDS.get(get("age"), get("age"))
+    noun, age = _who(get("gender"), _AGE_WORDS.get(get("age"), get("age")))
     body = [f"{get(key)} {key}" for key in ("build", "stature") if get(key)]
     if sensitive and get("skin"):
         body.append(f"{get('skin')} skin")
@@ -78,7 +79,7 @@ def facts_of(attributes: Mapping[str, str], *, sensitive: bool) -> Facts:
     ]
     carried = [item.strip() for item in get("carried").split(",")] + [item for item in _CARRIED if get(item) == "yes"]
     return Facts(
-        noun=_noun(get("gender"), age),
+        noun=noun,
         age=age,
         body=tuple(body),
         hair=_hair(get("hair_length"), get("hair_colour")),
@@ -95,14 +96,20 @@ def with_article(phrase: str) -> str:
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
-def join(phrases: list[str], word: str = "and") -> str:
+def join(phrases: list[str]) -> str:
     """Return `a, b and c`."""
-    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} {word} {phrases[-1]}"
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _noun(gender: str, age: str) -> str:
+def _who(gender: str, age: str) -> tuple[str, str]:
+    """The noun and the adjective before it: a boy is a child already."""
     noun = _NOUNS.get(gender, "person")
-    return {"man": "boy", "woman": "girl"}.get(noun, noun) if age == "teenage" else noun
+    if age != "teenage" and age not in _YOUNGEST:
+        return noun, age
+    noun = {"man": "boy", "woman": "girl"}.get(noun, noun)
+    if age == "teenage":
+        return noun, age
+    return "child" if noun == "person" else noun, ""
 
 
 def _phrase(colours: str, pattern: str, kind: str, unknown: str) -> str:

@@ -2,11 +2,11 @@
 
 import contextlib
 import hashlib
-import sqlite3
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 from reidctl.captioning.backends.base import Reply, Request, failed
+from reidctl.captioning.backends.replay import filling
 from reidctl.console import log
 from reidctl.datasets.manifest import Complaints, Row, Table, open_table, shown, text_of
 from reidctl.errors import DataError
@@ -23,8 +23,12 @@ class FileDescriber:
 
     Columns: `image` (or `image_id`, `path`), and either `identity` and/or `clothing` (or `identity_text`,
     `clothing_text`), or `kind` and `text` with one row per text (a `captions.parquet` of reidctl is such a table; rows
-    of other kinds and without a text are passed over); optional `model`. An image is named by its full id
-    (`dataset:path`), its path in the dataset, or its `path` in the images table.
+    of other kinds and without a text are passed over); optional `model`.
+
+    An image is named by its full id (`dataset:path`), its path in the dataset, or its `path` in the images table, by
+    such names only as mean no other image of the table (`Request.names`). Where rows name one image in several of
+    these ways, the first of them in this order that has a text of the kind counts: the full id was surely meant for
+    this image, while a bare path may come from a file about another dataset.
 
     The rows go into a temporary SQLite file with an index by image, so memory does not grow with the file; disk in
     the temporary folder does, by about the file's size.
@@ -40,56 +44,34 @@ class FileDescriber:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._store = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._store.executescript("PRAGMA journal_mode = OFF; PRAGMA cache_size = -65536")  # 64 MiB
-        self._store.execute("CREATE TABLE texts (image, kind, text, dataset, PRIMARY KEY (image, kind)) WITHOUT ROWID")
-        try:
+        schema = "CREATE TABLE texts (image, kind, text, PRIMARY KEY (image, kind)) WITHOUT ROWID"
+        with filling(self._path, schema) as self._store:
             models = self._load()
-        except sqlite3.Error as error:
-            raise DataError(f"{path} cannot be indexed in the temporary folder ({error}).") from None
         who = f" ({'+'.join(sorted(models))})" if models else ""
         self.model = f"file:{self._path.name}#{_digest(self._path)}{who}"
 
     def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
         """Yield the text of each request, `failed` where the file has none."""
         for request in requests:
-            try:
-                text = self._find(request)
-            except DataError as error:
-                yield failed(request, error.message)
-                continue
+            text = self._find(request)
             if text is None:
                 yield failed(request, f"no text in {self._path.name} for this image and kind ({request.kind})")
             else:
                 yield Reply(request, "ok", text=text)
 
     def _find(self, request: Request) -> str | None:
-        dataset, colon, key = request.image_id.partition(":")
-        for name in (request.image_id, *((key,) if colon else ()), request.image_path):
-            row = self._store.execute(
-                "SELECT text, dataset FROM texts WHERE image = ? AND kind = ?", (_plain(name), request.kind)
-            ).fetchone()
-            if row is None:
-                continue
-            if name == key and colon:
-                self._claim(key, request.kind, dataset, row[1])
-            return str(row[0])
+        select = "SELECT text FROM texts WHERE image = ? AND kind = ?"
+        for name in request.names:
+            row = self._store.execute(select, (_plain(name), request.kind)).fetchone()
+            if row is not None:
+                return str(row[0])
         return None
-
-    def _claim(self, key: str, kind: str, dataset: str, claimed: str | None) -> None:
-        """A path that two datasets have would give the text of one person to another."""
-        if claimed is None:
-            update = "UPDATE texts SET dataset = ? WHERE image = ? AND kind = ?"
-            self._store.execute(update, (dataset, _plain(key), kind))
-        elif claimed != dataset:
-            raise DataError(f"{self._path.name}: {key} fits images of {claimed} and {dataset}; give full ids")
 
     def _load(self) -> set[str]:
         """Read the table into the store; return who wrote the texts."""
         table = open_table(self._path, Complaints(), rename=_rename)
         models: set[str] = set()
         passed = number = 0
-        self._store.execute("BEGIN")  # for good: nothing is to outlive the process
         for number, row in table.rows:
             if number == 1:  # of JSON Lines the columns are known now
                 _check_columns(self._path, table.columns)
@@ -118,7 +100,7 @@ class FileDescriber:
         return not told
 
     def _insert(self, image: str, kind: str, text: str, where: str) -> None:
-        insert = "INSERT INTO texts VALUES (?, ?, ?, NULL) ON CONFLICT DO NOTHING"
+        insert = "INSERT INTO texts VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
         if self._store.execute(insert, (image, kind, text)).rowcount:
             return
         stored = self._store.execute("SELECT text FROM texts WHERE image = ? AND kind = ?", (image, kind)).fetchone()
@@ -127,8 +109,8 @@ class FileDescriber:
 
 
 def _plain(name: str) -> str:
-    """A name as it is compared; half characters, which SQLite cannot hold, become question marks."""
-    return name.replace("\\", "/").removeprefix("./").encode("utf-8", "replace").decode("utf-8")
+    """A name as it is compared; one with half characters, which SQLite cannot hold, stays unlike all others."""
+    return name.replace("\\", "/").removeprefix("./").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _rename(names: Sequence[str]) -> list[str]:

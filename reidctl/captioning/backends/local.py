@@ -2,20 +2,22 @@
 
 import contextlib
 import hashlib
-import re
 import threading
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reidctl.backbones.hub import local_only
 from reidctl.captioning.backends.base import Reply, Request, failed, rejected
-from reidctl.captioning.backends.chat import unwrap_description
-from reidctl.captioning.backends.local_model import fingerprint, load, locate, short
+from reidctl.captioning.backends.chat import unwrap_description, without_reasoning
+from reidctl.captioning.backends.local_model import cached_commit, fingerprint, load, locate, short
 from reidctl.captioning.backends.local_prompt import ChatPrompts, special_tokens
+from reidctl.captioning.backends.picture import open_picture
 from reidctl.captioning.config import CaptionConfig
 from reidctl.console import log
 from reidctl.errors import DataError, UsageError
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What a processor or a model raises for one picture or text that it cannot take.
-_TROUBLE = (ValueError, TypeError, RuntimeError, LookupError, OSError, ArithmeticError)
-_REASONING = re.compile(r"<think>.*?</think>", re.S)
+_TROUBLE = (ValueError, TypeError, RuntimeError, LookupError, OSError, ArithmeticError, MemoryError)
 # Put aside of a checkpoint's own generation settings: the temperature alone shapes a reply.
 _PLAIN_DECODING: Mapping[str, Any] = {
     "do_sample": False, "num_beams": 1, "temperature": None, "top_k": None, "top_p": None, "min_p": None,
@@ -53,8 +54,10 @@ class LocalDescriber:
     Only new tokens are read. Reasoning between `<think>` and `</think>` is dropped, a description wrapped into JSON is
     taken out, and what did not end within `max_tokens` is rejected.
 
+    The model is loaded at the first request and stays until `close`, or until nobody holds the describer any more.
+
     Args:
-        name: a folder, or a hub id with an optional `@revision`.
+        name: a folder, or a hub id with an optional `@revision`; without one, the commit that the local cache holds.
         config: see `LocalConfig`; of `RemoteConfig` the temperature, `max_tokens` and `image_side`.
 
     Raises:
@@ -69,16 +72,19 @@ class LocalDescriber:
 
     def __init__(self, name: str, config: CaptionConfig) -> None:
         self._source, self._revision = locate(name)
-        is_folder = Path(self._source).is_dir()
-        self.model = f"hf:{fingerprint(Path(self._source)) if is_folder else name}"
+        if Path(self._source).is_dir():
+            name = fingerprint(Path(self._source))
+        elif self._revision is None and (commit := cached_commit(self._source)) is not None:
+            self._revision, name = commit, f"{name}@{commit}"
+        self.model = f"hf:{name}"
         self._config = config
         self._batch = config.local.batch
         self._answered = False
+        self._speaker: _Speaker | None = None
+        self._release: Callable[[], object] = lambda: None
 
     def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
         """Yield replies batch by batch; while one batch is answered, the next is read, one ahead at most.
-
-        The model is loaded at the first request and let go at the end, also when the generator is closed early.
 
         Raises:
             UsageError: transformers is too old for it, the device is not there, or the memory is too small.
@@ -88,19 +94,35 @@ class LocalDescriber:
         group = list(islice(source, self._batch))
         if not group:
             return
-        speaker = _Speaker(*load(self._source, self._revision, self._config.local), self._config)
-        try:
-            with ThreadPoolExecutor(1, "reidctl-pictures") as pool:
-                ahead: Future[_Prepared] | None = pool.submit(speaker.prepare, group)
-                while ahead is not None:
-                    prepared = ahead.result()
-                    group = list(islice(source, self._batch))
-                    ahead = pool.submit(speaker.prepare, group) if group else None
-                    yield from prepared.failed
-                    for chunk in prepared.chunks:
-                        yield from self._answer(speaker, chunk)
-        finally:
-            speaker.close()
+        speaker = self._loaded()
+        with ThreadPoolExecutor(1, "reidctl-pictures") as pool:
+            ahead: Future[_Prepared] | None = pool.submit(speaker.prepare, group)
+            while ahead is not None:
+                prepared = ahead.result()
+                group = list(islice(source, self._batch))
+                ahead = pool.submit(speaker.prepare, group) if group else None
+                yield from prepared.failed
+                for chunk in prepared.chunks:
+                    yield from self._answer(speaker, chunk)
+
+    def close(self) -> None:
+        """Let the model go; the next request loads it again."""
+        self._speaker = None
+        self._release()
+
+    def _loaded(self) -> "_Speaker":
+        if self._speaker is None:
+            if self._revision is None and not local_only(self._source):
+                log.warning(
+                    "caption: %s is fetched now and its texts are stored without its commit; a later run knows the "
+                    "commit and asks anew. Run `hf download %s` first to avoid that",
+                    self._source,
+                    self._source,
+                )
+            self._speaker = _Speaker(*load(self._source, self._revision, self._config.local), self._config)
+            self._release = freed = weakref.finalize(self, self._speaker.close)
+            freed.atexit = False  # the process takes everything with it
+        return self._speaker
 
     def _answer(self, speaker: "_Speaker", whole: "_Chunk") -> Iterator[Reply]:
         """The replies of a chunk: halved when the memory is too small, one by one when something in it is bad."""
@@ -113,7 +135,7 @@ class LocalDescriber:
             size = len(chunk.items)
             try:
                 replies, problem = speaker.reply(chunk), ""
-            except OutOfMemoryError:
+            except (OutOfMemoryError, MemoryError):
                 replies, problem = [], "out of memory"
             except _TROUBLE as error:
                 replies, problem = [], f"the model cannot take it: {short(error)}"
@@ -188,13 +210,13 @@ class _Speaker:
 
     def prepare(self, requests: Sequence[Request]) -> _Prepared:
         """Return the requests as inputs of the model, those with and those without a picture apart."""
-        prepared = _Prepared()
+        prepared, side = _Prepared(), self._config.remote.image_side
         kinds: dict[bool, list[_Item]] = {True: [], False: []}
         for request in requests:
             try:
-                picture = _picture(request.image_path, self._config.remote.image_side) if request.image_path else None
+                picture = open_picture(request.image_path, side) if request.image_path else None
             except DataError as error:
-                prepared.failed.append(failed(request, str(error)))
+                prepared.failed.append(failed(request, str(error), own_fault=True))
             else:
                 kinds[picture is not None].append(_Item(request, picture))
         for items in filter(None, kinds.values()):
@@ -268,7 +290,7 @@ class _Speaker:
         if end is None:
             return rejected(request, "the reply breaks off: it ran into max_tokens", **counts)
         prompt = self._prompts.text(request.system, request.prompt, image=item.picture is not None)
-        text = _answer_in(self._decode(ids[:end]), thinking=prompt.rstrip().endswith("<think>"))
+        text = without_reasoning(self._decode(ids[:end]), thinking=prompt.rstrip().endswith("<think>"))
         if text is None:
             return rejected(request, "the reply is nothing but reasoning", **counts)
         if not text.strip():
@@ -309,37 +331,3 @@ def _seed(request: Request, seed: int) -> int:
     """A seed for this request and attempt alone."""
     parts = (str(seed + request.attempt - 1), *request.key)
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:7], "big")
-
-
-def _picture(path: str, side: int | None) -> "Image":
-    """The image upright, in RGB, its longest side at most `side` pixels, without metadata.
-
-    Raises:
-        DataError: the file is missing or is not an image.
-    """
-    from PIL import Image, ImageOps
-
-    if not Path(path).is_file():  # a pipe would be waited for without end
-        raise DataError("the image cannot be read: there is no such file")
-    try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
-        raise DataError(f"the image cannot be read: {type(error).__name__}") from None
-    if side is not None:
-        picture.thumbnail((side, side))
-    picture.info.clear()
-    return picture
-
-
-def _answer_in(text: str, *, thinking: bool) -> str | None:
-    """What follows the reasoning; None where there is nothing else.
-
-    Args:
-        text: the new tokens.
-        thinking: the prompt itself has opened the reasoning.
-    """
-    if thinking and "</think>" not in text:
-        return None
-    answer = _REASONING.sub("", text).rpartition("</think>")[2]
-    return None if "<think>" in answer else answer.strip()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _NEEDED = "4.46"  # 4.44 has no AutoModelForImageTextToText
+_SLICE = 2**20
 _HUB_ID = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?")
 
 
@@ -36,7 +37,10 @@ def locate(name: str) -> tuple[str, str | None]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a model folder's name and a digest of its configuration and of its weight files' names and sizes.
+    """Return a model folder's name and a digest of its configuration and of its weight files.
+
+    Of each file of weights its name, its size, and its first and last megabyte count: a model has many gigabytes, and
+    another training changes nearly all of them.
 
     Raises:
         DataError: it holds no configuration, or no weights in safetensors files.
@@ -53,8 +57,22 @@ def fingerprint(folder: Path) -> str:
         )
     digest = hashlib.sha256(config.read_bytes())
     for path in weights:
-        digest.update(f"\0{path.name}\0{path.stat().st_size}".encode())
+        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(_SLICE))
+            stream.seek(max(0, path.stat().st_size - _SLICE))
+            digest.update(stream.read(_SLICE))
     return f"{folder.resolve().name}#{digest.hexdigest()[:8]}"
+
+
+def cached_commit(source: str) -> str | None:
+    """Return the commit that a hub id's main branch has in the local cache; None without. Nothing is fetched."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:  # `load` says what is missing
+        return None
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def load(source: str, revision: str | None, settings: LocalConfig) -> tuple[Any, Any, "torch.device"]:

@@ -3,20 +3,27 @@
 import asyncio
 import json
 import queue
-import random
-import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from dataclasses import replace
-from itertools import cycle
+from dataclasses import dataclass
+from itertools import chain, cycle
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from reidctl.captioning.backends.base import Reply, Request, failed, rejected
-from reidctl.captioning.backends.chat import Dialect, first_dialect, parse_completion, request_body, resolve_model
+from reidctl.captioning.backends.chat import (
+    Dialect,
+    first_dialect,
+    lesson,
+    parse_completion,
+    request_body,
+    resolve_model,
+    too_large,
+)
+from reidctl.captioning.backends.gate import Gate, Spent, backoff
 from reidctl.captioning.backends.picture import PictureCache
-from reidctl.captioning.backends.server import connection, stop_if_hopeless, waiting_time
+from reidctl.captioning.backends.server import connection, is_flagged, judged, stop_if_hopeless, waiting_time
 from reidctl.captioning.config import CaptionConfig
 from reidctl.console import log
 from reidctl.errors import DataError
@@ -24,78 +31,16 @@ from reidctl.errors import DataError
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-_UNSUPPORTED = (
-    r"not support|unsupported|unrecogni[sz]ed|unknown|unexpected|extra|not permitted|not allowed|deprecated|only the"
-)
 _GRACE_S = 2.0
 
 
-def _lesson(error: "APIStatusError", dialect: Dialect) -> Dialect | None:
-    """The dialect without what a server has just refused; None when the refusal is about something else."""
-    if error.status_code not in (400, 422, 501):
-        return None
-    # FastAPI puts its whole message under a key that is called like one of our fields.
-    named = re.sub(r"""['"]detail['"]:""", "", str(error.param or error.message)[:1000])
-    if dialect.structured and re.search(r"response_format|json_schema|json_object|structured|guided", named):
-        return replace(dialect, answer="json_object" if dialect.answer == "schema" else "plain")
-    if not re.search(_UNSUPPORTED, error.message[:1000], re.I):
-        return None
-    if re.search(r"\bmax_tokens\b", named) and dialect.limit == "max_tokens":
-        return replace(dialect, limit="max_completion_tokens")
-    for option in ("temperature", "seed", "detail"):
-        if getattr(dialect, option) and re.search(rf"\b{option}\b", named):
-            off: dict[str, Any] = {option: False}
-            return replace(dialect, **off)
-    return None
+@dataclass
+class _Trouble:
+    """Why a try brought nothing: `asked` is the pause that the service named, `busy` a 429."""
 
-
-def _too_large(error: "APIStatusError") -> bool:
-    words = re.search(
-        r"(?:image|payload|request).{0,40}too (?:large|big)|exceed.{0,40}(?:size|pixels)", error.message, re.I
-    )
-    return error.status_code == 413 or (error.status_code == 400 and words is not None)
-
-
-class _Gate:
-    """Lets requests out: none during a pause, and after one only as many more as answers come back."""
-
-    def __init__(self, most: int) -> None:
-        self._most = self._width = most
-        self._out = 0
-        self._quiet_until = 0.0
-        self._closed = False
-        self._changed = asyncio.Condition()
-
-    async def __aenter__(self) -> None:
-        while not self._closed:
-            if (pause := self._quiet_until - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            elif self._out < self._width:
-                self._out += 1
-                return
-            else:
-                async with self._changed:
-                    await self._changed.wait_for(lambda: self._out < self._width)
-        raise asyncio.CancelledError
-
-    async def __aexit__(self, kind: object, *_: object) -> None:
-        self._out -= 1
-        self._width = min(self._most, self._width + (kind is None))
-        async with self._changed:
-            self._changed.notify(2)
-
-    def hold(self, seconds: float) -> None:
-        """Let nobody out for so long, and then few at first: all at once would meet the same refusal again."""
-        now = time.monotonic()
-        if now >= self._quiet_until:
-            self._width = max(1, self._width // 4)
-            if seconds >= 5:
-                log.info("caption: the service asks us to wait %.0f s", seconds)
-        self._quiet_until = max(self._quiet_until, now + seconds)
-
-    def close(self) -> None:
-        """Let nobody out any more."""
-        self._closed = True
+    problem: str
+    asked: float | None = None
+    busy: bool = False
 
 
 class _Worker:
@@ -157,8 +102,9 @@ class OpenAIDescriber:
 
     The image is re-encoded (no metadata leaves the machine) and resized to `remote.image_side`. The key is read from
     the environment variable `remote.key_env` and is kept out of every message. 429 and 5xx answers and broken
-    connections are tried again; Retry-After holds back all requests, not just the one that was told. What the server
-    refuses (a schema, `max_tokens`, `temperature`, `seed`) is learned once and left out from then on.
+    connections are tried again; Retry-After holds back all requests, not just the one that was told. A 429 uses up no
+    try, only time: at most `attempts` times `max_wait_s`. What the server refuses (a schema, `max_tokens`,
+    `temperature`, `seed`) is learned once and left out from then on.
 
     Args:
         model: name at the server; `gpt-4` means a GPT-4-class model that sees images. Azure's names are the user's own.
@@ -189,17 +135,21 @@ class OpenAIDescriber:
             RemoteError: no key, a key that is refused, a spent quota, an unknown model or address.
         """
         source = iter(requests)
-        clients = self._server.clients()
+        first = next(source, None)
+        if first is None:  # nothing to ask: no key is needed
+            return
+        source = chain([first], source)
+        clients = self._server.clients(self._judge)
         turn = cycle(clients)
         log.info("caption: images go to %s, model %s", self._server.host, self.model)
         if self.model != self._asked_for:
             log.info("caption: %s means %s here: a model that sees images", self._asked_for, self.model)
-        gate = _Gate(self._remote.concurrency)
+        gate = Gate(self._remote)
         pictures = PictureCache(self._remote.image_side, self._remote.image_quality)
         with _Worker(clients, pictures, lambda request: self._ask(next(turn), gate, pictures, request)) as worker:
             yield from self._exchange(worker, gate, source)
 
-    def _exchange(self, worker: _Worker, gate: _Gate, source: Iterator[Request]) -> Iterator[Reply]:
+    def _exchange(self, worker: _Worker, gate: Gate, source: Iterator[Request]) -> Iterator[Reply]:
         flying = 0
         while True:
             while flying < self._remote.concurrency and (request := next(source, None)) is not None:
@@ -215,69 +165,87 @@ class OpenAIDescriber:
                 raise outcome
             yield outcome
 
-    async def _ask(self, client: "AsyncOpenAI", gate: _Gate, pictures: PictureCache, request: Request) -> Reply:
+    async def _ask(self, client: "AsyncOpenAI", gate: Gate, pictures: PictureCache, request: Request) -> Reply:
         """Ask until there is an answer or the tries are used up."""
         import openai
 
-        tries, shrink, problem = 0, 1, "no answer"
-        while tries < self._remote.attempts:
+        if not _is_text(request.system + request.prompt):
+            return failed(request, "the prompt holds half a character", own_fault=True)
+        spent, shrink, sent = Spent(), 1, 0.0
+        while True:
             dialect = self._dialect
             try:
                 image = await pictures.get(request.image_path, shrink=shrink) if request.image_path else None
                 body = request_body(request, self.model, self._config, image, dialect=dialect)
-                async with gate, asyncio.timeout(self._remote.timeout_s):
+                async with gate as sent, asyncio.timeout(self._remote.timeout_s):
                     answer = await self._send(client, body)
                 return self._read(answer, request, dialect)
             except DataError as error:
-                return failed(request, str(error))
+                return failed(request, str(error), own_fault=True)
             except openai.APIStatusError as error:
-                problem = f"the service answered {error.status_code}: {self._server.redact(error.message)}"
                 if self._learn(error, dialect):
                     continue
-                if shrink == 1 and request.image_path and _too_large(error):
+                if shrink == 1 and request.image_path and too_large(error):
                     shrink = 2
                     continue
-                stop_if_hopeless(error, self._server)
-                if error.code in ("content_filter", "content_policy_violation"):
-                    return rejected(request, "the model refused")
-                if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
-                    return failed(request, problem)
-                asked, busy = waiting_time(error.response.headers, self._remote.max_wait_s), error.status_code == 429
+                result = self._refused(error, request)
             except (openai.APIConnectionError, TimeoutError) as error:
-                cause = (
-                    self._server.redact(str(error.__cause__ or error)) or f"nothing within {self._remote.timeout_s:g} s"
-                )
-                problem, asked, busy = f"{type(error).__name__}: {cause}", None, False
+                result = self._unanswered(error)
             except (openai.APIError, ValueError, RecursionError) as error:  # no chat completion at all
-                problem = f"the service sent no valid answer: {self._server.redact(str(error))}"
-                asked, busy = None, False
-            tries += 1
-            if asked is not None and asked > self._remote.max_wait_s:
-                return failed(request, f"{problem} (asked to wait {asked:.0f} s)")
-            if tries < self._remote.attempts:
-                await self._pause(gate, asked, tries, busy)
-        return failed(request, problem)
+                result = _Trouble(f"the service sent no valid answer: {self._server.redact(str(error))}")
+            if isinstance(result, Reply):
+                return result
+            if not await self._wait(gate, result, spent, sent):
+                return failed(request, result.problem)
 
-    async def _send(self, client: "AsyncOpenAI", body: dict[str, Any]) -> Any:
+    def _refused(self, error: "APIStatusError", request: Request) -> Reply | _Trouble:
+        """The end of a request that is refused for good, or what to wait for."""
+        if is_flagged(error):
+            return rejected(request, "the model refused")
+        stop_if_hopeless(error, self._server)
+        status = error.status_code
+        problem = f"the service answered {status}: {self._server.redact(error.message)}"
+        if status not in (408, 409, 425, 429) and status < 500:
+            return failed(request, problem, own_fault=True)
+        return _Trouble(problem, waiting_time(error.response.headers, self._remote.max_wait_s), status == 429)
+
+    def _unanswered(self, error: Exception) -> _Trouble:
         import openai
 
+        cause = error.__cause__ or error
+        told = self._server.redact(str(cause)) or type(cause).__name__
+        if isinstance(error, TimeoutError | openai.APITimeoutError):
+            told = f"nothing within {self._remote.timeout_s:g} s"
+        return _Trouble(f"{type(error).__name__}: {told}")
+
+    async def _wait(self, gate: Gate, trouble: _Trouble, spent: Spent, sent: float) -> bool:
+        """Wait for the next try; False where there is none."""
+        remote, asked = self._remote, trouble.asked
+        if asked is not None and asked > remote.max_wait_s:
+            trouble.problem += f" (asked to wait {asked:.0f} s)"
+            return False
+        if trouble.busy:  # nobody looked at it: not a try
+            if is_worth_it := gate.is_worth_waiting(spent):
+                gate.hold(asked, sent, busy=True)
+            return is_worth_it
+        spent.tries += 1
+        if spent.tries >= remote.attempts:
+            return False
+        if asked is not None:
+            gate.hold(asked, sent)
+        await asyncio.sleep(max(0.0, backoff(remote, spent.tries) - (asked or 0.0)))
+        return True
+
+    async def _send(self, client: "AsyncOpenAI", body: dict[str, Any]) -> Any:
         fields = dict(body)
         model, messages = fields.pop("model"), fields.pop("messages")
-        try:
-            raw = await client.chat.completions.with_raw_response.create(
-                model=model, messages=messages, extra_body=fields
-            )
-        except openai.APIStatusError as error:
-            await _hang_up(error.response)
-            raise
-        response = raw.http_response
-        try:
-            if self._repeats.suspect(response):
-                raise ValueError("the last reply once more")
-            return json.loads(response.content)
-        except ValueError:
-            await _hang_up(response)
-            raise
+        raw = await client.chat.completions.with_raw_response.create(model=model, messages=messages, extra_body=fields)
+        return judged(raw.http_response)
+
+    def _judge(self, stream: Any, body: bytes) -> Any:
+        if self._repeats.suspect(stream, body):
+            raise ValueError("the last reply once more")
+        return json.loads(body)
 
     def _read(self, answer: Any, request: Request, dialect: Dialect) -> Reply:
         reply = parse_completion(answer, request, structured=dialect.structured)
@@ -295,11 +263,11 @@ class OpenAIDescriber:
         """
         if self._dialect != used:  # another request learned meanwhile
             return error.status_code in (400, 422, 501)
-        lesson = _lesson(error, used)
-        if lesson is None:
+        learned = lesson(error, used)
+        if learned is None:
             return False
-        self._dialect = lesson
-        changes = {k: v for k, v in vars(lesson).items() if v != getattr(used, k)}
+        self._dialect = learned
+        changes = {k: v for k, v in vars(learned).items() if v != getattr(used, k)}
         told = ", ".join(f"{name} -> {'left out' if new is False else new}" for name, new in changes.items())
         log.info(
             "caption: the server refuses a field, so from now on %s (was told: %s)",
@@ -307,12 +275,6 @@ class OpenAIDescriber:
             self._server.redact(error.message),
         )
         return True
-
-    async def _pause(self, gate: _Gate, asked: float | None, tries: int, busy: bool) -> None:
-        own = min(self._remote.max_wait_s, self._remote.backoff_s * 2 ** min(tries - 1, 30)) * random.uniform(0.5, 1.0)
-        if asked is not None or busy:
-            gate.hold(own if asked is None else asked)
-        await asyncio.sleep(max(0.0, own - (asked or 0.0)))
 
 
 class _Repeats:
@@ -327,12 +289,11 @@ class _Repeats:
         self._doubted: set[int] = set()
         self._off = False
 
-    def suspect(self, response: Any) -> bool:
+    def suspect(self, stream: Any, body: bytes) -> bool:
         """Return whether a reply is the last one of its connection once more."""
-        stream = response.extensions.get("network_stream")
         if stream is None or self._off:
             return False
-        digest = hash(response.content)
+        digest = hash(body)
         before, self._last[stream] = self._last.get(stream), digest
         self._off = before == digest and digest in self._doubted
         if before != digest or self._off:
@@ -341,11 +302,12 @@ class _Repeats:
         return True
 
 
-async def _hang_up(response: Any) -> None:
-    """Close the connection of an answer that is in doubt: whatever else comes from it would answer another request."""
-    stream = response.extensions.get("network_stream")
-    if stream is not None:
-        await stream.aclose()
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _last(worker: _Worker, flying: int) -> Iterator[Reply]:

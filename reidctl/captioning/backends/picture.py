@@ -30,6 +30,21 @@ def data_url(path: str, side: int | None, quality: int = 90, *, shrink: int = 1)
     Raises:
         DataError: the file is missing, damaged, too large to open or not an image.
     """
+    picture = open_picture(path, side, shrink=shrink)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def open_picture(path: str, side: int | None, *, shrink: int = 1) -> "Image.Image":
+    """Return an image as every model gets it: upright, in RGB, no larger than asked for, without its metadata.
+
+    Args:
+        path, side, shrink: see `data_url`.
+
+    Raises:
+        DataError: see `data_url`.
+    """
     # A pipe or a device would be waited for without end.
     if not Path(path).is_file():
         raise DataError("the image cannot be read: there is no such file")
@@ -42,11 +57,9 @@ def data_url(path: str, side: int | None, quality: int = 90, *, shrink: int = 1)
         raise DataError(f"the image cannot be read: {type(error).__name__}") from None
     longest = max(1, min(max(picture.size), side or max(picture.size)) // shrink)
     picture.thumbnail((longest, longest))
-    buffer = io.BytesIO()
-    # A fresh file: EXIF (place, device, time) and colour profile of the original are not copied.
+    # EXIF (place, device, time) and colour profile of the original are not copied.
     picture.info.clear()
-    picture.save(buffer, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return picture
 
 
 def _opened(path: str, side: int | None) -> "Image.Image":

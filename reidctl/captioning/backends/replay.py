@@ -1,19 +1,22 @@
 """A describer that reads replies recorded earlier, from JSON lines."""
 
+import contextlib
+import hashlib
 import itertools
 import json
 import sqlite3
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reidctl.captioning.backends.base import Reply, Request, failed, rejected
+from reidctl.captioning.backends.command import token_count
 from reidctl.console import log
 from reidctl.errors import DataError
 
 _PARTS = "replies-*.jsonl"
-_MOST_TOKENS = 10**9
 _MAX_LINE = 1 << 20
+_BOM = b"\xef\xbb\xbf"
 
 
 class _Recorded(NamedTuple):
@@ -41,6 +44,9 @@ class ReplayDescriber:
     The lines go into a temporary SQLite file with an index, so memory does not grow with the recording; disk in the
     temporary folder does, by about its size.
 
+    Attributes:
+        content: hex digest of everything that was read.
+
     Raises:
         DataError: nothing is there, or a line is not such an object.
     """
@@ -51,13 +57,11 @@ class ReplayDescriber:
     repeats = False
 
     def __init__(self, path: str | Path) -> None:
-        self._store = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         columns = ", ".join(("image", "kind", *_Recorded._fields))
-        self._store.execute(f"CREATE TABLE replies ({columns})")
-        try:
-            models = self._load(_parts(Path(path)))
-        except sqlite3.Error as error:
-            raise DataError(f"{path} cannot be indexed in the temporary folder ({error}).") from None
+        digest = hashlib.sha256()
+        with filling(Path(path), f"CREATE TABLE replies ({columns})") as self._store:
+            models = self._load(_parts(Path(path)), digest.update)
+        self.content = digest.hexdigest()
         self.model = "+".join(sorted(models - {""})) or "replay"
 
     def describe(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
@@ -75,25 +79,23 @@ class ReplayDescriber:
             else:
                 yield failed(request, recorded.reason or "the recorded attempt failed")
 
-    def _load(self, parts: Iterable[Path]) -> set[str]:
+    def _load(self, parts: Iterable[Path], seen: Callable[[bytes], object]) -> set[str]:
         models: set[str] = set()
-        self._store.execute("BEGIN")
-        for row in itertools.chain.from_iterable(_read(part) for part in parts):
+        for row in itertools.chain.from_iterable(_read(part, seen) for part in parts):
             self._keep(row)
             models.add(str(row.get("model") or ""))
         self._store.execute("CREATE INDEX place ON replies (image, kind)")
-        self._store.execute("COMMIT")
         return models
 
     def _keep(self, row: dict[str, Any]) -> None:
         recorded = _Recorded(
             digest=_text(row.get("prompt_sha256")),
-            attempt=_number(row.get("attempt")) if "status" in row else 0,
+            attempt=token_count(row.get("attempt")) if "status" in row else 0,
             status=_text(row.get("status")),
             text=row["text"] if row.get("text") is None else _text(row["text"]),
             reason=row.get("reason") if row.get("reason") is None else _text(row["reason"]),
-            tokens_in=_number(row.get("tokens_in")),
-            tokens_out=_number(row.get("tokens_out")),
+            tokens_in=token_count(row.get("tokens_in")),
+            tokens_out=token_count(row.get("tokens_out")),
         )
         values = (_text(row["image_id"]), _text(row["kind"]), *recorded)
         self._store.execute(f"INSERT INTO replies VALUES ({', '.join('?' * len(values))})", values)
@@ -116,13 +118,16 @@ class ReplayDescriber:
 def _parts(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob(_PARTS)) or sorted(path.glob(f"parts/{_PARTS}"))
+    places = (path, path / "parts", path / "caption" / "parts")
+    found = next((parts for place in places if (parts := sorted(place.glob(_PARTS)))), [])
     if not found:
-        raise DataError(f"{path} has no recorded replies ({_PARTS}).", hint="Give the folder of a caption run.")
+        raise DataError(
+            f"{path} has no recorded replies ({_PARTS}).", hint="Give a run directory, or its caption folder."
+        )
     return found
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path, seen: Callable[[bytes], object]) -> Iterator[dict[str, Any]]:
     try:
         stream = path.open("rb")
     except OSError as error:
@@ -131,13 +136,14 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         number = 0
         while line := stream.readline(_MAX_LINE):
             number += 1
+            seen(line)
             where = f"{path}, line {number}"
             if len(line) == _MAX_LINE:
                 raise DataError(f"{where}: longer than {_MAX_LINE:,} bytes.")
-            if not line.strip():
+            if not line.removeprefix(_BOM).strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError):
                 if not line.endswith(b"\n") and path.match(_PARTS):
                     log.warning("caption: the last line of %s was cut short by a kill and is left out", path)
@@ -160,9 +166,29 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A text; half characters, which SQLite cannot hold, become question marks."""
-    return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
+    return "" if value is None else storable(str(value))
 
 
-def _number(value: Any) -> int:
-    return value if type(value) is int and 0 < value <= _MOST_TOKENS else 0
+def storable(text: str) -> str:
+    """Return a text as SQLite can hold it: half characters become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+@contextlib.contextmanager
+def filling(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
+    """Yield a temporary database, to be filled inside the block from `path`; it is gone when the process ends.
+
+    Args:
+        path: named in the error.
+        schema: the statement that makes the table.
+
+    Raises:
+        DataError: the temporary folder is full.
+    """
+    store = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    try:
+        store.executescript(f"PRAGMA journal_mode = OFF; PRAGMA cache_size = -65536; {schema}")  # 64 MiB
+        store.execute("BEGIN")  # for good: nothing is to outlive the process
+        yield store
+    except sqlite3.Error as error:
+        raise DataError(f"{path} cannot be indexed in the temporary folder ({error}).") from None

@@ -5,7 +5,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib import import_module
@@ -19,16 +19,15 @@ from reidctl.errors import RemoteError, UsageError
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-
+# Takes the stream that an answer came over and its body; raises ValueError where the body is not the awaited one.
+Judge = Callable[[Any, bytes], Any]
 _OFFICIAL = "https://api.openai.com/v1"
-
-
 _AZURE = (".openai.azure.com", ".services.ai.azure.com", ".cognitiveservices.azure.com", ".openai.azure.us")
-
-
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-
-
+_FLAGGED = re.compile(
+    r"moderation|content[_ -]?(?:policy|filter)|flagged_input|\b(?:input|prompt|image|content)\b.{0,40}\bflagged\b",
+    re.I,
+)
 _CONNECTIONS = 128  # of one client
 
 
@@ -80,8 +79,11 @@ class Connection:
         """Return `redact` of a text, this connection's key included."""
         return redact(text, self.key)
 
-    def client(self) -> "AsyncOpenAI":
+    def client(self, judge: Judge | None = None) -> "AsyncOpenAI":
         """Return a client that tries once: we count the tries and honour long pauses, the library does not.
+
+        Args:
+            judge: see `judged`.
 
         Raises:
             RemoteError: a server that asks for a key, and none in the environment.
@@ -99,7 +101,7 @@ class Connection:
             "api_key": self.key or "none",  # local servers ask for no key, the library insists on one
             "timeout": self.remote.timeout_s,
             "max_retries": 0,
-            "http_client": self._transport(),
+            "http_client": self._transport(judge),
         }
         if self.api_version:
             address = "base_url" if "/deployments/" in self.base_url else "azure_endpoint"
@@ -109,17 +111,20 @@ class Connection:
             return openai.AsyncAzureOpenAI(api_version=self.api_version, **options)
         return openai.AsyncOpenAI(base_url=self.base_url, **options)
 
-    def clients(self) -> "list[AsyncOpenAI]":
+    def clients(self, judge: Judge | None = None) -> "list[AsyncOpenAI]":
         """Return as many clients as the concurrency needs: the work for one request grows with a client's connections.
+
+        Args:
+            judge: see `judged`.
 
         Raises:
             RemoteError: see `client`.
         """
-        first = self.client()
+        first = self.client(judge)
         more = range(1, -(-self.remote.concurrency // _CONNECTIONS))
-        return [first, *(first.copy(http_client=self._transport()) for _ in more)]
+        return [first, *(first.copy(http_client=self._transport(judge)) for _ in more)]
 
-    def _transport(self) -> Any:
+    def _transport(self, judge: Judge | None) -> Any:
         import openai
 
         # The library stands on httpx, newer versions on httpx2.
@@ -132,8 +137,10 @@ class Connection:
             verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if self.base_url.startswith("http:") else True,
             trust_env=not self._is_local,  # no proxy between us and ourselves
         )
+        hooks: dict[str, Any] = {} if judge is None else {"response": [_watch(httpx, judge)]}
         if self.is_azure and not self.api_version and not self._is_token:
-            transport.event_hooks = {"request": [self._sign_for_azure]}
+            hooks["request"] = [self._sign_for_azure]
+        transport.event_hooks = hooks
         return transport
 
     async def _sign_for_azure(self, request: Any) -> None:
@@ -167,6 +174,71 @@ def connection(config: CaptionConfig) -> Connection:
     keys = {name: os.environ.get(name, "").strip() for name in names}
     name = next((name for name in names if keys[name]), names[-1])
     return Connection(base_url, keys[name], name, is_azure, remote.api_version, remote)
+
+
+def _watch(httpx: Any, judge: Judge) -> Callable[[Any], Awaitable[None]]:
+    """A response hook that closes the connection of an answer in doubt before another request can take it.
+
+    Whatever else came over that connection would answer the next request. Afterwards is too late: by then the pool may
+    have lent the connection, and closing it breaks off a request that was sent and is paid for.
+    """
+
+    class Watched(httpx.AsyncByteStream):  # type: ignore[misc]
+        def __init__(self, response: Any) -> None:
+            self._stream, self._status, self._headers = response.stream, response.status_code, response.headers
+            self._extensions = response.extensions  # of the response itself, which would be a cycle
+            self._parts: list[bytes] | None = []
+            self._is_whole = False
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for part in self._stream:
+                if self._parts is not None:
+                    self._parts.append(part)
+                yield part
+            self._is_whole = True
+
+        async def aclose(self) -> None:
+            parts, self._parts = self._parts, None
+            if parts is not None and not self._is_good(b"".join(parts)):
+                stream = self._extensions.get("network_stream")
+                if stream is not None:
+                    await stream.aclose()
+            await self._stream.aclose()
+
+        def _is_good(self, body: bytes) -> bool:
+            if not self._is_whole or self._status >= 300:
+                return False
+            try:
+                if "content-encoding" in self._headers:
+                    body = httpx.Response(self._status, headers=self._headers, content=body).content
+                self._extensions["judged"] = judge(self._extensions.get("network_stream"), body)
+            except (ValueError, RecursionError, httpx.DecodingError) as error:
+                self._extensions["doubt"] = error
+                return False
+            return True
+
+    async def hook(response: Any) -> None:
+        response.stream = Watched(response)
+
+    return hook
+
+
+def judged(response: Any) -> Any:
+    """Return what the judge that `Connection.client` got made of a whole answer.
+
+    Raises:
+        ValueError: the judge doubts it.
+    """
+    if "judged" not in response.extensions:
+        raise ValueError(str(response.extensions.get("doubt", "the answer breaks off")))
+    return response.extensions["judged"]
+
+
+def is_flagged(error: "APIStatusError") -> bool:
+    """Return whether one input was refused for its content, which says nothing about the key or other inputs."""
+    if error.code in ("content_filter", "content_policy_violation"):
+        return True
+    return error.status_code == 403 and _FLAGGED.search(f"{error.code} {error.message} {error.body}"[:4000]) is not None
 
 
 def stop_if_hopeless(error: "APIStatusError", server: Connection) -> None:

@@ -9,7 +9,9 @@ from reidctl.captioning.backends.facts import Facts, facts_of, join, with_articl
 from reidctl.captioning.config import CaptionConfig
 from reidctl.captioning.form import Form, parse_instruction
 
-_ORNAMENTS = {"identity": ("notably", "quite", "rather", "visibly"), "clothing": ("neat", "stylish", "smart", "modern")}
+_ORNAMENTS = {"identity": ("notably", "rather", "visibly"), "clothing": ("neat", "stylish", "smart", "modern")}
+# Nothing is visibly average, or notably a bob.
+_FITTING = {"average": "rather", "bob": "neat", "bald": "visibly"}
 _FILLERS = (
     ("one pedestrian in view", "One pedestrian is in view."),
     ("no other details are recorded", "No other details are recorded."),
@@ -39,10 +41,9 @@ class TemplateDescriber:
     """
 
     name = "template"
-    model = "template-2"
+    model = "template-3"
     source = "template"
     deferred = False
-    repeats = True
     repeats = True
 
     def __init__(self, config: CaptionConfig) -> None:
@@ -64,13 +65,14 @@ class TemplateDescriber:
         hair = (facts.hair,) if facts.hair and self._config.hair == "identity" else ()
         if facts.noun == "person" and not (facts.age or facts.body):
             return None
-        details = tuple((phrase.split()[-1].capitalize(), phrase) for phrase in facts.body + hair)
-        return _Content(f"{facts.age} {facts.noun}".strip(), details)
+        details = tuple(map(_labelled_phrase, facts.body + hair))
+        subject = f"{facts.age} {facts.noun}".strip()
+        return _Content("teenager" if subject == "teenage person" else subject, details)
 
     def _clothing(self, facts: Facts) -> _Content | None:
         if not facts.garments:
             return None
-        hair = (("Hair", facts.hair),) if facts.hair and self._config.hair == "clothing" else ()
+        hair = (_labelled_phrase(facts.hair),) if facts.hair and self._config.hair == "clothing" else ()
         return _Content("", facts.garments, hair + tuple(("Carried", item) for item in facts.belongings))
 
     def _choice(self, request: Request) -> int:
@@ -78,11 +80,20 @@ class TemplateDescriber:
         return int.from_bytes(code[:4], "big")
 
 
+def _fitting(phrase: str) -> str:
+    """The ornament that a phrase needs; empty where any does."""
+    return next((ornament for word, ornament in _FITTING.items() if word in phrase.split()), "")
+
+
+def _labelled_phrase(phrase: str) -> tuple[str, str]:
+    return phrase.split()[-1].capitalize(), phrase
+
+
 def _write(content: _Content, form: Form, kind: str, facts: Facts, choice: int) -> str:
     if form.ornate:
         words = _ORNAMENTS[kind]
         ornate = [
-            (label, f"{words[(choice + index) % len(words)]} {phrase}")
+            (label, f"{_fitting(phrase) or words[(choice + index) % len(words)]} {phrase}")
             for index, (label, phrase) in enumerate(content.details)
         ]
         content = _Content(content.subject, tuple(ornate), content.extras)
@@ -140,7 +151,7 @@ def _identity_sentences(content: _Content, form: Form, facts: Facts) -> str:
     start = starts[form.opening][form.hedged].format(with_article(content.subject))
     if form.sentences == 1 or not phrases:
         return f"{start}{' with ' + _join(phrases, form) if phrases else ''}."
-    again = (f"{who} {'probably ' * form.hedged}{have} {{}}", "To this comes {}", "There is also {}")
+    again = (f"{who} {'probably ' * form.hedged}{have} {{}}", f"{who} also {have} {{}}", f"{who} {have} {{}} as well")
     return _spread(f"{start}.", phrases, again, form)
 
 
@@ -156,12 +167,12 @@ def _clothing_sentences(content: _Content, form: Form) -> str:
     garments = [with_article(phrase) for _, phrase in content.details]
     extras = [with_article(phrase) for _, phrase in content.extras]
     if form.sentences == 1:
-        tail = f"{';' if form.separators else ','} with {_join(extras, form)}" if extras else ""
+        tail = f"{';' if form.separators else ','} with {join(extras)}" if extras else ""
         return f"{start.format(_join(garments, form))}{tail}."
-    again = ("They also wear {}", "The outfit has {} too")
+    again = ("They also wear {}", "The outfit also includes {}")
     if form.hedged:
-        again = ("They may also wear {}", "The outfit probably has {} too")
-    last = "They probably come with {}" if form.hedged else "They can be seen with {}"
+        again = ("They may also wear {}", "The outfit probably includes {} too")
+    last = "They appear to have {}" if form.hedged else "They can be seen with {}"
     # One sentence is kept for what is not worn.
     worn = form.sentences - bool(extras)
     if worn <= 1 or len(garments) == 1:
@@ -181,6 +192,8 @@ def _spread(start: str, phrases: list[str], again: tuple[str, ...], form: Form, 
 
 
 def _join(phrases: list[str], form: Form) -> str:
-    if form.separators:
-        return "; ".join(phrases)
-    return join(phrases, "together with" if form.connected else "and")
+    if form.separators and len(phrases) > 1:
+        return f"{'; '.join(phrases[:-1])}{' -' if len(phrases) == 2 else ';'} and {phrases[-1]}"
+    if form.connected and len(phrases) > 1:
+        return f"{join(phrases[:-1])} together with {phrases[-1]}"
+    return join(phrases)
