@@ -83,7 +83,8 @@ class RemoteConfig(Section):
         api_version: of Azure's older addresses (`https://NAME.openai.azure.com`); its `/openai/v1` needs none.
         concurrency: requests in flight.
         timeout_s: seconds for one reply.
-        attempts: tries of one request when the service answers 429, 5xx or not at all.
+        attempts: tries of one request when the service answers 5xx or not at all. A 429 is no try: one request waits
+            for at most `attempts` times `max_wait_s`.
         backoff_s: first pause without a Retry-After header; it doubles.
         max_wait_s: longest single pause; a longer Retry-After fails the item.
         max_failures: so many items failing in a row stop the run.

@@ -76,6 +76,9 @@ def run(
     started = datetime.now(UTC)
     run.check_writable()
     done = _describe(run, job, source.folder)
+    close = getattr(job.describer, "close", None)
+    if close is not None:  # a local model; what follows needs no memory on the GPU
+        close()
     _check_usable(done, job)
     totals = {name: None if math.isnan(value) else value for name, value in done.totals.items()}
     facts = _facts(done, job)

@@ -116,6 +116,27 @@ def test_a_server_without_structured_output_is_asked_in_plain_text(picture: str)
     assert len(seen.requests) == 6  # refused by schema, as an object, then never again
 
 
+def test_a_refusal_in_fastapis_words_is_understood(picture: str) -> None:
+    def no_seed(request: dict[str, Any], number: int) -> Answer:
+        detail = [{"loc": ["body", "seed"], "msg": "extra fields not permitted"}]
+        return Answer(422, {"detail": detail}) if "seed" in request else good(request, number)
+
+    with serve(no_seed) as seen:
+        replies = ask(seen.url, asked(picture, 4), concurrency=1)
+    assert [reply.status for reply in replies] == ["ok"] * 4 and len(seen.requests) == 5
+
+
+@pytest.mark.parametrize("key", ["sk-tést-0123456789", "sk-test-0123\nX-Evil: 1"])
+def test_a_key_that_no_key_can_be_is_refused_before_anything_is_sent(
+    picture: str, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serve() as seen:
+        with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
+            ask(seen.url, asked(picture))
+        assert not seen.requests and "0123" not in str(caught.value)
+
+
 def test_the_word_detail_around_a_message_is_no_reason_to_leave_the_field_out(picture: str) -> None:
     answer = Answer(422, {"detail": [{"loc": ["body", "foo"], "msg": "Extra inputs are not permitted"}]})
     with serve(lambda *_: answer) as seen:

@@ -76,15 +76,22 @@ def first_dialect(model: str, *, structured: bool) -> Dialect:
     return Dialect(answer)
 
 
+def told(error: "APIStatusError") -> str:
+    """Return what a refusal says; the library leaves out bodies that are not laid out as OpenAI's (FastAPI's)."""
+    if isinstance(error.body, dict) and "detail" in error.body and "detail" not in error.message:
+        return f"{error.message}: {error.body['detail']}"
+    return str(error.message)
+
+
 def lesson(error: "APIStatusError", dialect: Dialect) -> Dialect | None:
     """Return the dialect without what a server has just refused; None when the refusal is about something else."""
     if error.status_code not in (400, 422, 501):
         return None
     # FastAPI puts its whole message under a key that is called like one of our fields.
-    named = re.sub(r"""['"]detail['"]:""", "", str(error.param or error.message)[:1000])
+    named = re.sub(r"""['"]detail['"]:""", "", str(error.param or told(error))[:1000])
     if dialect.structured and _FORM.search(named):
         return replace(dialect, answer="json_object" if dialect.answer == "schema" else "plain")
-    if not re.search(_UNSUPPORTED, error.message[:1000], re.I):
+    if not re.search(_UNSUPPORTED, told(error)[:1000], re.I):
         return None
     if re.search(r"\bmax_tokens\b", named) and dialect.limit == "max_tokens":
         return replace(dialect, limit="max_completion_tokens")

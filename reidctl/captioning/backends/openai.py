@@ -19,6 +19,7 @@ from reidctl.captioning.backends.chat import (
     parse_completion,
     request_body,
     resolve_model,
+    told,
     too_large,
 )
 from reidctl.captioning.backends.gate import Gate, Spent, backoff
@@ -125,6 +126,7 @@ class OpenAIDescriber:
         self._asked_for = model
         self._config, self._remote = config, config.remote
         self._dialect = first_dialect(self.model, structured=config.remote.structured)
+        self._announced = False
         self._snapshot: str | None = None
         self._repeats = _Repeats()
 
@@ -141,13 +143,20 @@ class OpenAIDescriber:
         source = chain([first], source)
         clients = self._server.clients(self._judge)
         turn = cycle(clients)
-        log.info("caption: images go to %s, model %s", self._server.host, self.model)
-        if self.model != self._asked_for:
-            log.info("caption: %s means %s here: a model that sees images", self._asked_for, self.model)
+        self._announce()
         gate = Gate(self._remote)
         pictures = PictureCache(self._remote.image_side, self._remote.image_quality)
         with _Worker(clients, pictures, lambda request: self._ask(next(turn), gate, pictures, request)) as worker:
             yield from self._exchange(worker, gate, source)
+
+    def _announce(self) -> None:
+        """Say once where the images go and which model a spelling of GPT-4 means."""
+        if self._announced:
+            return
+        self._announced = True
+        log.info("caption: images go to %s, model %s", self._server.host, self.model)
+        if self.model != self._asked_for:
+            log.info("caption: %s means %s here: a model that sees images", self._asked_for, self.model)
 
     def _exchange(self, worker: _Worker, gate: Gate, source: Iterator[Request]) -> Iterator[Reply]:
         flying = 0
@@ -204,7 +213,7 @@ class OpenAIDescriber:
             return rejected(request, "the model refused")
         stop_if_hopeless(error, self._server)
         status = error.status_code
-        problem = f"the service answered {status}: {self._server.redact(error.message)}"
+        problem = f"the service answered {status}: {self._server.redact(told(error))}"
         if status not in (408, 409, 425, 429) and status < 500:
             return failed(request, problem, own_fault=True)
         return _Trouble(problem, waiting_time(error.response.headers, self._remote.max_wait_s), status == 429)
@@ -268,11 +277,11 @@ class OpenAIDescriber:
             return False
         self._dialect = learned
         changes = {k: v for k, v in vars(learned).items() if v != getattr(used, k)}
-        told = ", ".join(f"{name} -> {'left out' if new is False else new}" for name, new in changes.items())
+        changed = ", ".join(f"{name} -> {'left out' if new is False else new}" for name, new in changes.items())
         log.info(
             "caption: the server refuses a field, so from now on %s (was told: %s)",
-            told,
-            self._server.redact(error.message),
+            changed,
+            self._server.redact(told(error)),
         )
         return True
 

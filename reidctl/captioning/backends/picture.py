@@ -54,7 +54,8 @@ def open_picture(path: str, side: int | None, *, shrink: int = 1) -> "Image.Imag
         raise
     # Pillow's readers raise nearly anything for a damaged file, and one file must fail alone.
     except Exception as error:
-        raise DataError(f"the image cannot be read: {type(error).__name__}") from None
+        kinds = {"UnidentifiedImageError": "it is no image", "DecompressionBombError": "it has too many pixels"}
+        raise DataError(f"the image cannot be read: {kinds.get(type(error).__name__, 'it is damaged')}") from None
     longest = max(1, min(max(picture.size), side or max(picture.size)) // shrink)
     picture.thumbnail((longest, longest))
     # EXIF (place, device, time) and colour profile of the original are not copied.

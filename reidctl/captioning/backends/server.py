@@ -156,7 +156,7 @@ def connection(config: CaptionConfig) -> Connection:
     """Return where `config.remote` points, with the key from the environment. Nothing is contacted.
 
     Raises:
-        UsageError: OPENAI_BASE_URL is not a plain address.
+        UsageError: OPENAI_BASE_URL is not a plain address, or the key is none.
     """
     remote = config.remote
     named = os.environ.get("OPENAI_BASE_URL", "").strip()
@@ -173,6 +173,8 @@ def connection(config: CaptionConfig) -> Connection:
     names = [remote.key_env, *(["AZURE_OPENAI_API_KEY"] if is_azure else [])]
     keys = {name: os.environ.get(name, "").strip() for name in names}
     name = next((name for name in names if keys[name]), names[-1])
+    if not re.fullmatch(r"[!-~]*", keys[name]):
+        raise UsageError(f"{name} holds characters that no key has.", hint="Set it again, without line breaks.")
     return Connection(base_url, keys[name], name, is_azure, remote.api_version, remote)
 
 
