@@ -186,6 +186,7 @@ def log_styles(report: dict[str, Any]) -> None:
     merged = f" ({report['found']} found, {report['merged']} merged)" if report["merged"] else ""
     noise = 100 * report["noise"]
     clusters, captions = report["clusters"], report["captions"]
-    log.info("styles: %d styles%s among %d captions%s, noise %.1f%%", clusters, merged, captions, eps, noise)
+    found = "1 style" if clusters == 1 else f"{clusters} styles"
+    log.info("styles: %s%s among %d captions%s, noise %.1f%%", found, merged, captions, eps, noise)
     for note in report["notes"]:
         log.info("styles: %s", note)

@@ -105,7 +105,7 @@ def _lines(record: dict[str, Any]) -> list[str]:
     styles = record["styles"]
     eps = "" if styles.get("eps") is None else f", eps {styles['eps']:.4f}"
     noise = "" if not styles.get("captions") else f", noise {100 * styles['noise']:.1f} %"
-    found = f"{styles['count']} styles by {styles['algorithm']}{eps}{noise}"
+    found = f"{styles['count']} style{'s' * (styles['count'] != 1)} by {styles['algorithm']}{eps}{noise}"
     return [*lines, f"{found}; written by {record['model']}"]
 
 

@@ -225,6 +225,14 @@ def test_a_finished_table_outlives_a_dead_key_and_a_small_budget(run):
     assert {path: path.read_bytes() for path in (run / "caption").glob("*") if path.is_file()} == kept
 
 
+def test_a_damaged_record_is_mended_by_force(run):
+    words = ("caption", "--run", run, "--mllm", "template")
+    assert cli(*words).code == 0
+    (run / "caption" / "stage.json").write_text("{")
+    refused(3, "--force", args=words)
+    assert cli(*words, "--force").code == 0
+
+
 @pytest.mark.covers(124)
 def test_the_styles_of_the_train_captions_reach_the_server(run):
     with serve() as seen:

@@ -1,6 +1,7 @@
 """Loading a vision-language model with its processor, and saying clearly why that fails."""
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,11 @@ def load(source: str, revision: str | None, settings: LocalConfig) -> tuple[Any,
 
     device = resolve_device(settings.device)
     model_class, processor_class, config_class = _classes()
+    if not log.isEnabledFor(logging.INFO):  # --quiet holds for the library's own bars too
+        from transformers.utils import logging as library
+
+        quieten: Any = library.disable_progress_bar  # without types
+        quieten()
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_only(source)}
     if revision is not None:
         common["revision"] = revision
