@@ -284,4 +284,6 @@ def _warnings(captions: int, clusters: int, grouping: clustering.Grouping, confi
         found.append("all captions fell into one style")
     if grouping.noise > _MAX_NOISE:
         found.append(f"{grouping.noise:.0%} of the captions were noise: eps {grouping.eps} may be too small")
+    if clusters == config.max_styles < grouping.found:
+        found.append(f"{grouping.found} clusters were merged into the {clusters} allowed: eps may be too small")
     return tuple(found)

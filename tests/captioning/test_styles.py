@@ -122,6 +122,15 @@ def test_vectors_stay_float32_and_equal_texts_are_embedded_once() -> None:
     np.testing.assert_allclose(points, [[0, 0], [0.6, 0.8], [0, 0], [0, 0]], atol=1e-7)
 
 
+@pytest.mark.covers(128)
+def test_more_clusters_than_styles_are_allowed_is_said() -> None:
+    texts, _ = captions(240)
+    report = discover_styles(texts, hashed, StyleConfig(max_styles=3)).report
+    assert report.clusters == 3 and report.warnings == (
+        "6 clusters were merged into the 3 allowed: eps may be too small",
+    )
+
+
 def test_no_captions_give_no_styles() -> None:
     styles = discover_styles([], hashed, StyleConfig())
     assert len(styles.table) == 0 and len(styles.labels) == 0
