@@ -9,6 +9,7 @@ from PIL import Image
 from reidctl import tables
 from reidctl.data import build_corpus
 
+OPENAI_KEY = "sk-test-0123456789abcdefSECRET"
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 RGB = [(200, 30, 30), (30, 160, 40), (30, 60, 200), (220, 210, 40), (20, 20, 20), (240, 240, 240)]
 
@@ -17,6 +18,21 @@ RGB = [(200, 30, 30), (30, 160, 40), (30, 60, 200), (220, 210, 40), (20, 20, 20)
 def _one_thread():
     """Small tensors: threads cost more than they give, and one thread is the same everywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def openai_key(monkeypatch):
+    """A key in the environment, and no address that a developer's shell may have set."""
+    monkeypatch.setenv("OPENAI_API_KEY", OPENAI_KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """The path of a picture, 300 x 900."""
+    path = tmp_path / "person.png"
+    Image.new("RGB", (300, 900), (10, 20, 30)).save(path)
+    return str(path)
 
 
 def write_dataset(folder, people=8, per_person=3, *, size=(64, 32), splits=None):

@@ -25,18 +25,7 @@ from reidctl.captioning.config import BatchConfig, CaptionConfig, StyleConfig
 from reidctl.captioning.run import caption_images
 from reidctl.errors import RemoteError
 
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "person.png"
-    Image.new("RGB", (30, 90), (10, 20, 30)).save(path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("openai_key")
 
 
 @pytest.mark.covers(132)

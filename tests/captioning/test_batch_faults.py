@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from batchclient import KEY, Store, asked, run, settings
 from batchserver import Ended, Fault, Provider, all_good, answer, failure, serve_batches
-from PIL import Image
 
 from reidctl.captioning.backends.base import Reply, Request
 from reidctl.captioning.backends.batch import BatchDescriber, open_requests
@@ -21,18 +20,7 @@ from reidctl.captioning.budget import Ledger
 from reidctl.captioning.config import CaptionConfig
 from reidctl.errors import DataError, RemoteError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "person.png"
-    Image.new("RGB", (30, 90), (10, 20, 30)).save(path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("openai_key")
 
 
 @pytest.mark.parametrize("kind", ["upload", "create", "retrieve", "content"])

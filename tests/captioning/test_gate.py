@@ -3,31 +3,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fakeserver import Answer, ask, asked, busy, date_in, good, serve
-from PIL import Image
 
 from reidctl.captioning.backends.gate import Gate
 from reidctl.captioning.backends.server import waiting_time
 from reidctl.captioning.config import RemoteConfig
 
-KEY = "sk-test-0123456789abcdefSECRET"
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "person.png"
-    Image.new("RGB", (300, 900), (10, 20, 30)).save(path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("openai_key")
 
 
 def test_retry_after_holds_back_every_request(picture: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import OPENAI_KEY as KEY
 from fakeserver import (
     IDENTITY,
     Answer,
@@ -33,20 +34,7 @@ from reidctl.captioning.backends.server import connection, redact
 from reidctl.captioning.config import CaptionConfig, RemoteConfig
 from reidctl.errors import UsageError
 
-KEY = "sk-test-0123456789abcdefSECRET"
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "person.png"
-    Image.new("RGB", (300, 900), (10, 20, 30)).save(path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("openai_key")
 
 
 @pytest.mark.covers(132, 133)

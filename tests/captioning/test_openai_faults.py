@@ -8,10 +8,10 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import OPENAI_KEY as KEY
 from fakeserver import (
     Answer,
     ask,
@@ -22,7 +22,6 @@ from fakeserver import (
     refused,
     serve,
 )
-from PIL import Image
 
 from reidctl.captioning.backends.base import Request
 from reidctl.captioning.backends.openai import OpenAIDescriber
@@ -31,20 +30,7 @@ from reidctl.captioning.backends.server import connection
 from reidctl.captioning.config import CaptionConfig, RemoteConfig
 from reidctl.errors import RemoteError
 
-KEY = "sk-test-0123456789abcdefSECRET"
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "person.png"
-    Image.new("RGB", (300, 900), (10, 20, 30)).save(path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("openai_key")
 
 
 @pytest.mark.parametrize("fault", ["500", "html", "cut", "hang", "array"])
