@@ -63,7 +63,7 @@ def run(
     """
     section = {"seed": recipe.get("seed", 0), **(recipe.get("caption") or {})}
     config = parse_section(CaptionConfig, section, "caption")
-    if force:
+    if force and not dry_run:
         _forget_damaged(run)
     source = find_source(run, data)
     inputs = _inputs(source, config)
