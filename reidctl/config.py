@@ -60,7 +60,7 @@ def parse_section(cls: type[S], values: Mapping[str, Any] | None, where: str) ->
             raise UsageError(f"Unknown setting `{key}`.", hint=_nearest(str(first["loc"][-1]), known, owner)) from None
         # Where a key belongs near a setting, people paste it into that setting: it is not repeated.
         got = "" if key.endswith(("base_url", "key_env", "extra")) else f" (got {first['input']!r})"
-        raise UsageError(f"Setting `{key}`: {first['msg']}{got}.") from None
+        raise UsageError(f"Setting `{key}`: {first['msg'].removeprefix('Value error, ')}{got}.") from None
 
 
 def _known_keys(cls: type[Section], location: tuple[int | str, ...]) -> tuple[str, list[str]]:

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from reidctl.config import Section
 
 ALGORITHMS = ("dbscan", "hdbscan", "kmeans", "gmm", "agglomerative", "ups", "random", "none")
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class StyleConfig(Section):
@@ -140,7 +139,7 @@ class RemoteConfig(Section):
 
 
 class BatchConfig(Section):
-    """How the provider's Batch API is used (half the price at OpenAI, replies within a day).
+    """How the provider's Batch API is used (half the price by the shipped table, replies within a day).
 
     Attributes:
         enabled: send requests as batches; `--batch`.

@@ -47,20 +47,6 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class RequestEstimate:
-    """One request.
-
-    Attributes:
-        tokens_in, tokens_out: expected.
-        tokens_out_max: what the model may write at most.
-    """
-
-    tokens_in: int
-    tokens_out: int
-    tokens_out_max: int
-
-
-@dataclass(frozen=True)
 class Estimate:
     """A run.
 
@@ -151,20 +137,6 @@ def sent_size(
         return width, height
     scale = np.minimum(1.0, side / np.maximum(width, height))
     return np.maximum(np.rint(width * scale), 1.0), np.maximum(np.rint(height * scale), 1.0)
-
-
-def estimate_request(ask: Ask, width: int, height: int, price: Price | None, config: CaptionConfig) -> RequestEstimate:
-    """Return what one request takes.
-
-    Args:
-        ask: see `asks`.
-        width, height: of the image file.
-        price: None if it is not known: then without the image's tokens.
-        config: image size and detail, `max_tokens`.
-    """
-    image = int(_image_tokens([width], [height], price, config)[0])
-    written = min(_answer_tokens(ask, config), config.remote.max_tokens)
-    return RequestEstimate(ask.tokens + image, written, config.remote.max_tokens)
 
 
 def estimate_total(

@@ -9,7 +9,6 @@ from reidctl.captioning.estimate import (
     MARGIN,
     Ask,
     asks,
-    estimate_request,
     estimate_total,
     most_tokens,
     sent_size,
@@ -262,11 +261,11 @@ ASK = Ask("identity", tokens=200, tokens_again=300, words=20)
 
 
 def test_one_request_takes_its_text_its_image_and_the_words_asked_for() -> None:
-    found = estimate_request(ASK, 64, 128, PRICE, config())
-    assert (found.tokens_in, found.tokens_out, found.tokens_out_max) == (285, 36, 200)  # 20 x 1.4 words + 8 of JSON
-    high = estimate_request(ASK, 64, 128, PRICE, config(remote={"image_detail": "high", "structured": False}))
+    found = estimate_total([ASK], [64], [128], PRICE, config())
+    assert (found.tokens_in, found.tokens_out) == (285, 36)  # 20 x 1.4 words + 8 of JSON
+    high = estimate_total([ASK], [64], [128], PRICE, config(remote={"image_detail": "high", "structured": False}))
     assert (high.tokens_in, high.tokens_out) == (455, 28)
-    assert estimate_request(ASK, 64, 128, None, config()).tokens_in == 200
+    assert estimate_total([ASK], [64], [128], None, config()).tokens_in == 200
 
 
 def test_the_words_come_from_the_style_within_the_bounds() -> None:

@@ -1,4 +1,4 @@
-"""A describer behind the provider's Batch API: half the price, replies within a day, safe to leave and to come back."""
+"""A describer behind the provider's Batch API: cheaper, replies within a day, safe to leave and to come back."""
 
 import time
 from collections import deque
