@@ -16,8 +16,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-CUTOFFS = (1, 5, 10)
-METRICS = ("rank1", "rank5", "rank10", "mAP", "mINP")
+CUTOFFS = (1, 5, 10, 20)
+METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP", "rSum")
+_SUM_OF = (1, 5, 10)  # what rSum adds up, whatever else is reported
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class QueryMetrics:
         first_match: expected rank of the first relevant item, from 1.
         average_precision: expected AP in [0, 1], not interpolated, over the full ranking.
         inp: expected inverse negative penalty P / (rank of the last relevant item), in (0, 1].
-        hits: for each k of `CUTOFFS`, the probability of a relevant item among the first k.
+        hits: for each cutoff k, the probability of a relevant item among the first k.
     """
 
     matches: Ints
@@ -54,16 +55,23 @@ class QueryMetrics:
         return len(self.matches) - self.scored
 
     def values(self, metric: str) -> Floats:
-        """Return the per-query values behind one of `METRICS`, shape (Q,)."""
+        """Return the per-query values behind one of `names`, shape (Q,); rSum is in [0, 3], the others in [0, 1]."""
         if metric == "mAP":
             return self.average_precision
         if metric == "mINP":
             return self.inp
+        if metric == "rSum":
+            return np.asarray(np.sum([self.hits[k] for k in _SUM_OF], axis=0), np.float64)
         return self.hits[int(metric.removeprefix("rank"))]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics: rank-k for every cutoff, mAP, mINP, and rSum = rank-1 + rank-5 + rank-10."""
+        return (*(f"rank{k}" for k in self.hits), "mAP", "mINP", "rSum")
+
     def means(self) -> dict[str, float]:
-        """Return every metric of `METRICS` averaged over the scored queries; NaN where none is scored."""
-        return {metric: mean(self.values(metric)[self.valid]) for metric in METRICS}
+        """Return every metric of `names` averaged over the scored queries; NaN where none is scored."""
+        return {metric: mean(self.values(metric)[self.valid]) for metric in self.names}
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,9 @@ def mean(values: Floats) -> float:
     return math.fsum(values.tolist()) / len(values) if len(values) else math.nan
 
 
-def expected_metrics(query: Ints, before: Ints, tied: Ints, *, queries: int) -> QueryMetrics:
+def expected_metrics(
+    query: Ints, before: Ints, tied: Ints, *, queries: int, cutoffs: Sequence[int] = CUTOFFS
+) -> QueryMetrics:
     """Return the metrics of every query from the places of its positives, averaged over the order of ties.
 
     For a group of n tied items, r of them positive, with a items and c positives ranked above, and
@@ -97,6 +107,7 @@ def expected_metrics(query: Ints, before: Ints, tied: Ints, *, queries: int) -> 
         before: number of gallery items that score strictly higher than the positive, shape (M,).
         tied: number of gallery items with exactly its score, itself included, shape (M,).
         queries: number of queries Q; those that do not occur in `query` have no match.
+        cutoffs: the k of rank-k; those of rSum (1, 5, 10) are always among them.
     """
     order = np.lexsort((before, query))
     query, before, tied = query[order], before[order], tied[order]
@@ -106,22 +117,23 @@ def expected_metrics(query: Ints, before: Ints, tied: Ints, *, queries: int) -> 
     matches = np.bincount(query, minlength=queries)
     hits = np.diff(np.append(start, len(query)))
     before_hits = start - (np.cumsum(matches) - matches)[query[start]]
-    return _from_groups(_Groups(query[start], before[start], tied[start], hits, before_hits), matches)
+    return _from_groups(_Groups(query[start], before[start], tied[start], hits, before_hits), matches, cutoffs)
 
 
-def chance(matches: npt.ArrayLike, gallery: npt.ArrayLike) -> QueryMetrics:
+def chance(matches: npt.ArrayLike, gallery: npt.ArrayLike, *, cutoffs: Sequence[int] = CUTOFFS) -> QueryMetrics:
     """Return the expected metrics of a uniformly random ranking.
 
     Args:
         matches: relevant items of each query, shape (Q,); 0 marks a skipped query.
         gallery: number of ranked items, a scalar or one per query.
+        cutoffs: the k of rank-k.
     """
     count = np.atleast_1d(np.asarray(matches, np.int64))
     size = np.broadcast_to(np.asarray(gallery, np.int64), count.shape)
     assert (count <= size).all(), "more matches than gallery items"
     query = np.flatnonzero(count)
     zeros = np.zeros(len(query), np.int64)
-    return _from_groups(_Groups(query, zeros, size[query], count[query], zeros), count)
+    return _from_groups(_Groups(query, zeros, size[query], count[query], zeros), count, cutoffs)
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ class _Groups:
     before_hits: Ints  # positives ranked above
 
 
-def _from_groups(groups: _Groups, matches: Ints) -> QueryMetrics:
+def _from_groups(groups: _Groups, matches: Ints, cutoffs: Sequence[int]) -> QueryMetrics:
     count = len(matches)
     new = np.ones(len(groups.query), bool)
     new[1:] = groups.query[1:] != groups.query[:-1]
@@ -155,7 +167,7 @@ def _from_groups(groups: _Groups, matches: Ints) -> QueryMetrics:
         first_match=spread(a + (n + 1) / (r + 1)),
         average_precision=spread(precision / matches[scored]),
         inp=spread(matches[scored] * _expected_inverse_last(groups.before[tail], groups.size[tail], groups.hits[tail])),
-        hits={k: spread(_hit_probability(a, n, r, k)) for k in CUTOFFS},
+        hits={k: spread(_hit_probability(a, n, r, k)) for k in sorted({*cutoffs, *_SUM_OF})},
     )
 
 
@@ -229,9 +241,10 @@ def bootstrap_interval(
 def summarise(
     queries: QueryMetrics, person: Sequence[str] | npt.NDArray[np.object_], *, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Interval]:
-    """Return every metric of `METRICS` with its interval over people."""
+    """Return every metric of `queries.names` with its interval over people."""
     return {
-        metric: bootstrap_interval(queries.values(metric), person, seed=seed, resamples=resamples) for metric in METRICS
+        metric: bootstrap_interval(queries.values(metric), person, seed=seed, resamples=resamples)
+        for metric in queries.names
     }
 
 

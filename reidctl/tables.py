@@ -1,13 +1,15 @@
 """Every Parquet table: its columns, how it is read, checked and written.
 
-The only module that knows a column's type. A table is written to a temporary file, synced, then renamed, so a
-reader sees a whole table or none. The file's footer carries `{"table": NAME, "version": 1}`.
+With `schemas` the only module that knows a column's type. A table is written to a temporary file, synced, then renamed,
+so a reader sees a whole table or none. The file's footer carries `{"table": NAME, "version": 1}` and facts about the
+whole table, such as the model that made its vectors.
 """
 
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,163 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reidctl.errors import DataError
+from reidctl.schemas import ENUM, FLOATS, SCHEMAS, TEXT, version
 
-VERSION = 1
-
-_TEXT = pa.string()
-_ENUM = pa.dictionary(pa.int32(), pa.string())
-_INTS = pa.list_(pa.int32())
-_FLOATS = pa.list_(pa.float32())
 _FOOTER_KEY = b"reidctl"
-
-
-def _schema(required: dict[str, pa.DataType], optional: dict[str, pa.DataType] | None = None) -> pa.Schema:
-    columns = [pa.field(name, kind, nullable=False) for name, kind in required.items()]
-    columns += [pa.field(name, kind, nullable=True) for name, kind in (optional or {}).items()]
-    return pa.schema(columns)
-
-
-SCHEMAS: dict[str, pa.Schema] = {
-    "images": _schema(
-        {
-            "image_id": _TEXT,
-            "path": _TEXT,
-            "dataset": _ENUM,
-            "split": _ENUM,
-            "person_id": _TEXT,
-            "width": pa.int32(),
-            "height": pa.int32(),
-            "sha256": _TEXT,
-        },
-        {"role": _ENUM, "camera_id": _ENUM, "outfit_id": _TEXT, "attributes": pa.map_(_TEXT, _TEXT)},
-    ),
-    "captions": _schema(
-        {
-            "caption_id": _TEXT,
-            "image_id": _TEXT,
-            "kind": _ENUM,
-            "source": _ENUM,
-            "conditioned_on": _ENUM,
-            "status": _ENUM,
-        },
-        {
-            "text": _TEXT,
-            "parent_id": _TEXT,
-            "char_start": pa.int32(),
-            "char_end": pa.int32(),
-            "style_id": _ENUM,
-            "model": _ENUM,
-            "prompt_sha256": _TEXT,
-            "reason": _TEXT,
-        },
-    ),
-    # Who is who after datasets were combined, and the images that were taken out of training for it.
-    "identities": _schema({"original_id": _TEXT, "dataset": _ENUM, "person_id": _TEXT, "rule": _ENUM}),
-    "purged": _schema(
-        {
-            "image_id": _TEXT,
-            "dataset": _ENUM,
-            "split": _ENUM,
-            "person_id": _TEXT,
-            "reason": _ENUM,
-            "evidence": _TEXT,
-        }
-    ),
-    # Digests of the people and image files that a model was trained on: what `evaluate` compares its test set with.
-    "seen": _schema({"kind": _ENUM, "digest": _TEXT}),
-    "styles": _schema(
-        {
-            "style_id": _TEXT,
-            "size": pa.int32(),
-            "instruction": _TEXT,
-            "exemplars": pa.list_(_TEXT),
-            "centroid": _FLOATS,
-        }
-    ),
-    "parts": _schema({"image_id": _TEXT, "part": _ENUM, "box": _INTS, "mask": _INTS}, {"phrase": _TEXT}),
-    "prompts": _schema({"scope": _ENUM, "key": _TEXT, "position": pa.int32(), "vector": _FLOATS}),
-    "history": _schema(
-        {
-            "stage": _ENUM,
-            "step": pa.int64(),
-            "epoch": pa.int32(),
-            "split": _ENUM,
-            "name": _ENUM,
-            "value": pa.float64(),
-            "seconds": pa.float64(),
-        }
-    ),
-    "embeddings": _schema(
-        {
-            "item_id": _TEXT,
-            "role": _ENUM,
-            "modality": _ENUM,
-            "condition": _ENUM,
-            "dataset": _ENUM,
-            "split": _ENUM,
-            "person_id": _TEXT,
-            "embedding": _FLOATS,
-        },
-        {"camera_id": _ENUM},
-    ),
-    "rankings": _schema(
-        {
-            "query_id": _TEXT,
-            "condition": _ENUM,
-            "rank": pa.int32(),
-            "gallery_id": _TEXT,
-            "score": pa.float32(),
-            "match": pa.bool_(),
-        }
-    ),
-    "queries": _schema(
-        {"query_id": _TEXT, "condition": _ENUM, "person_id": _TEXT, "matches": pa.int32()},
-        {"first_match": pa.float64(), "average_precision": pa.float64(), "inp": pa.float64()},
-    ),
-    "metrics": _schema(
-        {
-            "direction": _ENUM,
-            "dataset": _ENUM,
-            "split": _ENUM,
-            "condition": _ENUM,
-            "metric": _ENUM,
-            "value": pa.float64(),
-            "queries": pa.int64(),
-            "skipped": pa.int64(),
-            "gallery": pa.int64(),
-        },
-        {"low": pa.float64(), "high": pa.float64()},
-    ),
-    "explanations": _schema(
-        {
-            "query_id": _TEXT,
-            "image_id": _TEXT,
-            "phrase": _TEXT,
-            "char_start": pa.int32(),
-            "char_end": pa.int32(),
-            "explainer": _ENUM,
-            "similarity": pa.float32(),
-            "grid_h": pa.int32(),
-            "grid_w": pa.int32(),
-            "relevance": _FLOATS,
-        }
-    ),
-    "faithfulness": _schema(
-        {
-            "query_id": _TEXT,
-            "image_id": _TEXT,
-            "explainer": _ENUM,
-            "control": _ENUM,
-            "fill": _ENUM,
-            "removed": pa.float32(),
-            "score": pa.float32(),
-            "rank": pa.float64(),
-        }
-    ),
-}
+_NUMBERS = 1 << 22  # of a vector column at a time: 16 MiB
+_UNIT = 1e-3
 
 
 def empty(name: str) -> pd.DataFrame:
@@ -192,19 +46,71 @@ def read_table(path: Path, name: str, columns: Sequence[str] | None = None) -> p
         DataError: the file is missing, unreadable, another table, another version, or lacks a column.
     """
     schema = SCHEMAS[name]
-    if not path.is_file():
-        raise DataError(f"No {name} table at {path}.", hint="Run the stage that writes it, or give its path.")
-    try:
+    with _readable(path, name):
         found = pq.read_schema(path)
         _check_footer(path, name, found)
-        missing = [column for column in columns or schema.names if column not in found.names]
-        if missing:
-            raise DataError(f"Table {path} ({name}) lacks the column(s) {', '.join(missing)}.")
+        _check_columns(path, name, columns or schema.names, found)
         table = pq.read_table(path, columns=list(columns or schema.names))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {_first_line(error)}.") from None
     wanted = pa.schema([schema.field(column) for column in table.column_names])
     return _to_pandas(_plain(_cast(table, wanted, str(path))))
+
+
+def read_labels(path: Path, name: str, *, extra: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the text columns of table `name` in little memory: the first as Arrow strings, the others as categories.
+
+    Args:
+        path: the Parquet file; it may lack the optional columns, which are then empty.
+        name: which table it must be.
+        extra: text columns beyond the table's own, taken if the file has them.
+
+    Raises:
+        DataError: see `read_table`.
+    """
+    wanted = [field for field in SCHEMAS[name] if field.type in (TEXT, ENUM)]
+    wanted += [pa.field(column, TEXT) for column in extra if column not in SCHEMAS[name].names]
+    with _readable(path, name):
+        found = pq.read_schema(path)
+        _check_footer(path, name, found)
+        _check_columns(path, name, [field.name for field in wanted if not field.nullable], found)
+        present = [field for field in wanted if field.name in found.names]
+        table = pq.read_table(path, columns=[field.name for field in present])
+    table = _cast(table, pa.schema(present), str(path))
+    columns = {field.name: _compact(table, field.name, first=field is wanted[0]) for field in wanted}
+    kept = {key: values for key, values in columns.items() if key not in extra or key in found.names}
+    return pd.DataFrame(kept, index=range(table.num_rows))
+
+
+def vector_pieces(
+    path: Path, name: str, column: str
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Yield a vector column of table `name` piece by piece: the width of every row (n,), and the numbers in a row.
+
+    Lists of fixed and of any length, of 16, 32 or 64 bit, are read. A missing vector has width 0, a missing number is
+    NaN. About 16 MiB are held at a time, whatever the size of the file's row groups.
+
+    Raises:
+        DataError: see `read_table`; the column holds no numbers.
+    """
+    with _readable(path, name), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        _check_footer(path, name, file.schema_arrow)
+        _check_columns(path, name, [column], file.schema_arrow)
+        kind = file.schema_arrow.field(column).type
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not lists or not pa.types.is_floating(kind.value_type):
+            raise DataError(f"Column {column} of {path} is {kind}, not a list of float numbers per row.")
+        for batch in file.iter_batches(_rows_at_a_time(file, column), columns=[column], use_threads=False):
+            yield _unpacked(batch.column(0))
+
+
+def footer(path: Path) -> dict[str, Any]:
+    """Return what a table's footer says: `table`, `version` and the facts it was written with; {} if another tool
+    wrote it.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+    """
+    with _readable(path, ""):
+        return _footer(path, pq.read_schema(path))
 
 
 def rows(path: Path) -> int:
@@ -212,15 +118,29 @@ def rows(path: Path) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
-def write_table(path: Path, name: str, frame: pd.DataFrame | pa.Table) -> None:
+def write_table(
+    path: Path,
+    name: str,
+    frame: pd.DataFrame | pa.Table,
+    *,
+    matrices: Mapping[str, npt.NDArray[Any]] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Write `frame` as table `name`: checked, cast, and whole or not at all.
+
+    Args:
+        path: the Parquet file.
+        name: which table it is.
+        frame: its rows.
+        matrices: vector columns by name, each (N, D), which `frame` then lacks.
+        facts: about the whole table, JSON values; `footer` returns them.
 
     Raises:
         DataError: a missing or unknown column, a null where none is allowed, a value of the wrong type,
             an embedding that is not of unit length, or no space left.
     """
-    with TableWriter(path, name) as writer:
-        writer.write(frame)
+    with TableWriter(path, name, facts=facts) as writer:
+        writer.write(frame, matrices=matrices)
 
 
 class TableWriter:
@@ -229,11 +149,11 @@ class TableWriter:
     Used as a context manager. An exception inside removes the temporary file and leaves an older table alone.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, *, facts: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.name = name
-        footer = json.dumps({"table": name, "version": VERSION}).encode()
-        self._schema = SCHEMAS[name].with_metadata({_FOOTER_KEY: footer})
+        about = {**(facts or {}), "table": name, "version": version(name)}
+        self._schema = SCHEMAS[name].with_metadata({_FOOTER_KEY: json.dumps(about).encode()})
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._width: int | None = None
         self._writer: pq.ParquetWriter | None = None
@@ -241,20 +161,34 @@ class TableWriter:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
+            # A vector hardly ever occurs twice, so a dictionary of its numbers would only cost time.
+            plain = [field.name for field in self._schema if field.type != FLOATS]
+            dictionary = plain if len(plain) < len(self._schema) else True
+            self._writer = pq.ParquetWriter(
+                self._temporary, self._schema, compression="zstd", use_dictionary=dictionary
+            )
         except OSError as error:
             self._temporary.unlink(missing_ok=True)
             raise DataError(f"Cannot write {self.path}: {_first_line(error)}.", hint="Is the disk full?") from None
         return self
 
-    def write(self, frame: pd.DataFrame | pa.Table) -> None:
-        """Append rows.
+    def write(self, frame: pd.DataFrame | pa.Table, *, matrices: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+        """Append rows; see `write_table`. Vectors given as matrices are converted and written block by block.
 
         Raises:
             DataError: see `write_table`.
         """
+        given = {column: np.asarray(values) for column, values in (matrices or {}).items()}
+        assert all(values.ndim == 2 and len(values) == len(frame) for values in given.values()), "one vector per row"
+        widest = max((values.shape[1] for values in given.values()), default=0)
+        step = _step(widest) if given and len(frame) else max(1, len(frame))
+        for start in range(0, max(1, len(frame)), step):
+            some = slice(start, start + step)
+            part = frame.slice(start, step) if isinstance(frame, pa.Table) else frame.iloc[some]
+            self._write(_conform(part, self._schema, self.name, {key: values[some] for key, values in given.items()}))
+
+    def _write(self, table: pa.Table) -> None:
         assert self._writer is not None, "TableWriter is used as a context manager"
-        table = _conform(frame, self._schema, self.name)
         if self.name == "embeddings":
             self._check_vectors(table)
         try:
@@ -265,13 +199,16 @@ class TableWriter:
     def _check_vectors(self, table: pa.Table) -> None:
         if table.num_rows == 0:
             return
-        values = matrix(table.column("embedding").to_pandas())
-        if self._width not in (None, values.shape[1]):
-            raise DataError(f"Embeddings of width {values.shape[1]} among width {self._width} in {self.path}.")
-        self._width = values.shape[1]
-        norms = np.linalg.norm(values.astype(np.float64), axis=1)
+        widths, numbers = _unpacked(_combine(table.column("embedding")))
+        width = int(widths[0])
+        if (widths != width).any():
+            raise DataError(f"A vector column holds rows of different width: {widths.min()} to {widths.max()}.")
+        if self._width not in (None, width):
+            raise DataError(f"Embeddings of width {width} among width {self._width} in {self.path}.")
+        self._width = width
+        norms = norms_of(numbers.reshape(-1, width))
         # A comparison with NaN is False, so NaN rows are caught too.
-        wrong = np.flatnonzero(~(np.abs(norms - 1.0) < 1e-3))
+        wrong = np.flatnonzero(~(np.abs(norms - 1.0) < _UNIT))
         if len(wrong):
             item = table.column("item_id")[int(wrong[0])].as_py()
             raise DataError(
@@ -300,15 +237,27 @@ def matrix(column: "pd.Series[Any]") -> npt.NDArray[np.float32]:
     """
     if not len(column):
         return np.zeros((0, 0), np.float32)
-    width = len(column.iloc[0])
-    if any(len(row) != width for row in column):
+    rows = column.tolist()
+    widths = np.fromiter(map(len, rows), np.int64, len(rows))
+    if (widths != widths[0]).any():
         raise DataError("A vector column holds rows of different width.")
-    return np.stack([np.asarray(row, np.float32) for row in column])
+    return np.concatenate(rows, dtype=np.float32, casting="unsafe").reshape(len(rows), int(widths[0]))
 
 
 def vectors(values: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
-    """Return the rows of a matrix (N, D) as a list fit for a vector column."""
+    """Return the rows of a matrix (N, D) as a list fit for a vector column; for many rows give `write_table` the
+    matrix itself.
+    """
     return list(np.ascontiguousarray(values, np.float32))
+
+
+def norms_of(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return the lengths of the rows of a matrix (N, D), computed in float64 block by block, shape (N,)."""
+    found = np.empty(len(values), np.float64)
+    step = max(1, _step(values.shape[1]) // 8)
+    for start in range(0, len(values), step):
+        found[start : start + step] = np.linalg.norm(values[start : start + step].astype(np.float64), axis=1)
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -343,14 +292,20 @@ def _sync_and_rename(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _conform(frame: pd.DataFrame | pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+def _conform(
+    frame: pd.DataFrame | pa.Table, schema: pa.Schema, name: str, matrices: Mapping[str, npt.NDArray[Any]]
+) -> pa.Table:
     """The frame as an Arrow table of exactly the schema's columns; absent optional columns become null."""
     given = list(frame.column_names) if isinstance(frame, pa.Table) else [str(column) for column in frame.columns]
+    given += list(matrices)
     unknown = sorted(set(given) - set(schema.names))
     missing = [field.name for field in schema if not field.nullable and field.name not in given]
     if unknown or missing:
         raise DataError(f"Table {name}: missing column(s) {missing}, unknown column(s) {unknown}.")
-    arrays = [_column(frame, field, given, name) for field in schema]
+    arrays = [
+        _packed(matrices[field.name]) if field.name in matrices else _column(frame, field, given, name)
+        for field in schema
+    ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -375,10 +330,59 @@ def _from_pandas(column: "pd.Series[Any]", kind: pa.DataType) -> pa.Array:
         pairs = [list(row.items()) if isinstance(row, dict) else None for row in column]
         return pa.array(pairs, type=kind)
     if pa.types.is_dictionary(kind):
+        if isinstance(column.dtype, pd.CategoricalDtype) and len(column.cat.categories):
+            return pa.array(column, from_pandas=True).cast(kind)
         return _combine(pa.array(column.astype(object), type=kind.value_type, from_pandas=True)).dictionary_encode()
     if pa.types.is_list(kind):
-        return pa.array(list(column), type=kind)
+        rows = column.tolist()
+        if kind == FLOATS and rows and all(isinstance(row, np.ndarray) and row.ndim == 1 for row in rows):
+            ends = np.cumsum([0, *map(len, rows)])
+            return pa.ListArray.from_arrays(ends.astype(np.int32), np.concatenate(rows).astype(np.float32))
+        return pa.array(rows, type=kind)
     return _combine(pa.array(column, type=kind, from_pandas=True))
+
+
+def _packed(values: npt.NDArray[Any]) -> pa.Array:
+    """A matrix as lists, without a Python object per row."""
+    count, width = values.shape
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    return pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * width, flat)
+
+
+def _unpacked(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The width of every list and all their numbers."""
+    widths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    # flatten() leaves out what a null list hides; a null number becomes NaN.
+    numbers = array.flatten().to_numpy(zero_copy_only=False)
+    return widths, np.asarray(numbers, np.float32)
+
+
+def _step(width: int) -> int:
+    return max(1, _NUMBERS // max(1, width))
+
+
+def _rows_at_a_time(file: pq.ParquetFile, column: str) -> int:
+    """How many rows hold about `_NUMBERS` numbers, by the counts in the file's own footer."""
+    facts = file.metadata
+    for group in range(facts.num_row_groups):
+        for place in range(facts.num_columns):
+            leaf = facts.row_group(group).column(place)
+            if leaf.path_in_schema.split(".")[0] == column and facts.row_group(group).num_rows:
+                return _step(leaf.num_values // facts.row_group(group).num_rows)
+    return 1
+
+
+def _compact(table: pa.Table, column: str, *, first: bool) -> Any:
+    if column not in table.column_names:
+        return pd.Categorical.from_codes(np.full(table.num_rows, -1), categories=pd.Index([], dtype=object))
+    values = table.column(column)
+    if first:
+        return pd.array(values.cast(TEXT), dtype=pd.StringDtype("pyarrow"))
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    whole = _combine(values.unify_dictionaries())
+    codes = whole.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return pd.Categorical.from_codes(codes, categories=pd.Index(whole.dictionary.to_pylist(), dtype=object))
 
 
 def _combine(array: Any) -> Any:
@@ -389,7 +393,7 @@ def _plain(table: pa.Table) -> pa.Table:
     """Dictionary columns as plain strings: users compare and concatenate them."""
     for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
-            table = table.set_column(index, pa.field(field.name, _TEXT), table.column(index).cast(_TEXT))
+            table = table.set_column(index, pa.field(field.name, TEXT), table.column(index).cast(TEXT))
     return table
 
 
@@ -408,26 +412,58 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 
 
 def _cast(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    for field in schema:
+        column = table.column(field.name)
+        if not field.nullable and column.null_count:
+            row = pc.index(column.is_null(), True).as_py()
+            raise DataError(
+                f"{where}: column {field.name} has empty values where none is allowed: {column.null_count}, the first "
+                f"in row {row}."
+            )
     try:
-        table = table.replace_schema_metadata(None).cast(schema)
+        return table.replace_schema_metadata(None).cast(schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise DataError(f"{where}: a column has the wrong type: {_first_line(error)}.") from None
-    for field in schema:
-        if not field.nullable and table.column(field.name).null_count:
-            raise DataError(f"{where}: column {field.name} has empty values where none is allowed.")
-    return table
+
+
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    """Turn Arrow's complaints about a file into an error that names it."""
+    if not path.is_file():
+        raise DataError(f"No {name or 'such'} table at {path}.", hint="Run the stage that writes it, or give its path.")
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {_first_line(error)}.") from None
+
+
+def _check_columns(path: Path, name: str, wanted: Sequence[str], found: pa.Schema) -> None:
+    missing = [column for column in wanted if column not in found.names]
+    if missing:
+        raise DataError(f"Table {path} ({name}) lacks the column(s) {', '.join(missing)}.")
+
+
+def _footer(path: Path, found: pa.Schema) -> dict[str, Any]:
+    raw = (found.metadata or {}).get(_FOOTER_KEY)
+    try:
+        facts = json.loads(raw) if raw is not None else {}
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise DataError(f"The footer of {path} is damaged.", hint="Write the table again.")
+    return facts
 
 
 def _check_footer(path: Path, name: str, found: pa.Schema) -> None:
-    raw = (found.metadata or {}).get(_FOOTER_KEY)
-    if raw is None:
+    facts = _footer(path, found)
+    if not facts:
         return  # A table made by other tools is welcome as long as its columns fit.
-    footer = json.loads(raw)
-    if footer.get("table") != name:
-        raise DataError(f"{path} holds the table {footer.get('table')}, not {name}.")
-    if footer.get("version") != VERSION:
+    if facts.get("table") != name:
+        raise DataError(f"{path} holds the table {facts.get('table')}, not {name}.")
+    if facts.get("version") != version(name):
         raise DataError(
-            f"{path} is version {footer.get('version')} of the {name} table; this reidctl reads version {VERSION}.",
+            f"{path} is version {facts.get('version')} of the {name} table; this reidctl reads version "
+            f"{version(name)}.",
             hint="Write it again with this version.",
         )
 

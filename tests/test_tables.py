@@ -132,3 +132,130 @@ def test_rows_of_different_width_are_refused(tmp_path):
 def test_every_table_can_be_empty(tmp_path, name):
     tables.write_table(tmp_path / "t.parquet", name, tables.empty(name))
     assert len(tables.read_table(tmp_path / "t.parquet", name)) == 0
+
+
+def labels(count):
+    return embeddings(np.eye(2)[[0] * count]).drop(columns="embedding")
+
+
+def unit(rows, width):
+    values = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("numbers", [1, 10, 1 << 22])
+def test_a_matrix_is_written_like_a_list_of_its_rows_whatever_the_block(tmp_path, numbers, monkeypatch):
+    values = unit(9, 4)
+    tables.write_table(tmp_path / "rows.parquet", "embeddings", embeddings(values))
+    monkeypatch.setattr(tables, "_NUMBERS", numbers)
+    tables.write_table(tmp_path / "whole.parquet", "embeddings", labels(9), matrices={"embedding": values})
+    first, second = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("rows", "whole"))
+    assert first.schema.equals(second.schema, check_metadata=True)
+    assert first.to_pylist() == second.to_pylist()
+
+
+def test_matrices_can_be_arrow_tables_strided_or_of_double_precision(tmp_path):
+    values = unit(9, 4)
+    strided = np.asfortranarray(values.astype(np.float64))
+    table = pa.Table.from_pandas(labels(9), preserve_index=False)
+    tables.write_table(tmp_path / "e.parquet", "embeddings", table, matrices={"embedding": strided})
+    back = tables.matrix(tables.read_table(tmp_path / "e.parquet", "embeddings")["embedding"])
+    assert back.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, lambda row: np.asarray(row, np.float64)])
+def test_a_vector_column_may_hold_lists_or_arrays(tmp_path, kind):
+    column = pd.Series([kind([0.25, 0.5]), kind([1.0]), kind([])])
+    frame = pd.DataFrame({"style_id": list("abc"), "size": 1, "instruction": "", "exemplars": [["x"]] * 3})
+    tables.write_table(tmp_path / "s.parquet", "styles", frame.assign(centroid=column))
+    back = tables.read_table(tmp_path / "s.parquet", "styles")["centroid"]
+    assert [list(row) for row in back] == [[0.25, 0.5], [1.0], []]
+
+
+@pytest.mark.parametrize("row", [[2.0, 0, 0, 0], [np.nan, 0, 0, 0], [0, 0, 0, 0]])
+def test_a_matrix_with_a_vector_that_is_not_of_unit_length_leaves_no_file(tmp_path, row):
+    values = unit(9, 4)
+    values[7] = row
+    with pytest.raises(DataError, match="i7"):
+        tables.write_table(tmp_path / "e.parquet", "embeddings", labels(9), matrices={"embedding": values})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_different_width_are_refused(tmp_path):
+    with (
+        pytest.raises(DataError, match="width 3 among width 4"),
+        tables.TableWriter(tmp_path / "e.parquet", "embeddings") as writer,
+    ):
+        writer.write(labels(2), matrices={"embedding": unit(2, 4)})
+        writer.write(labels(2), matrices={"embedding": unit(2, 3)})
+
+
+def test_facts_stand_in_the_footer_beside_table_and_version(tmp_path):
+    path, facts = tmp_path / "t.parquet", {"model": "ab" * 32, "preprocessing": {"image_size": [384, 128]}}
+    tables.write_table(path, "images", images(), facts=facts)
+    assert tables.footer(path) == {"table": "images", "version": 1, **facts}
+    assert len(tables.read_table(path, "images")) == 2
+    tables.write_table(path, "images", images())
+    assert tables.footer(path) == {"table": "images", "version": 1}
+
+
+def test_the_footer_of_other_tools_is_empty_and_a_damaged_one_is_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    tables.write_table(path, "images", images())
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata(None), path)
+    assert tables.footer(path) == {}
+    for damaged in (b"{", b"[]", b"\xff"):
+        pq.write_table(table.replace_schema_metadata({b"reidctl": damaged}), path)
+        for read in (lambda: tables.footer(path), lambda: tables.read_table(path, "images")):
+            with pytest.raises(DataError, match=r"footer of .*t\.parquet is damaged"):
+                read()
+    with pytest.raises(DataError, match="No such table"):
+        tables.footer(tmp_path / "gone.parquet")
+
+
+def test_labels_come_as_categories_and_lack_what_the_file_lacks(tmp_path):
+    path = tmp_path / "e.parquet"
+    tables.write_table(
+        path, "embeddings", labels(3).assign(camera_id=["c0", None, "c1"]), matrices={"embedding": unit(3, 2)}
+    )
+    found = tables.read_labels(path, "embeddings", extra=["outfit_id"])
+    assert found["item_id"].tolist() == ["i0", "i1", "i2"] and str(found["item_id"].dtype) == "string"
+    assert "embedding" not in found and "outfit_id" not in found
+    assert all(str(found[name].dtype) == "category" for name in found if name != "item_id")
+    assert found["camera_id"].isna().tolist() == [False, True, False]
+    assert found["camera_id"].tolist()[::2] == ["c0", "c1"]
+    table = pq.read_table(path).drop_columns("camera_id")
+    pq.write_table(table.append_column("outfit_id", pa.array(["a", "b", None])), path)
+    found = tables.read_labels(path, "embeddings", extra=["outfit_id"])
+    assert found["camera_id"].isna().all() and found["outfit_id"].tolist()[:2] == ["a", "b"]
+
+
+def test_an_empty_value_is_named_by_column_count_and_row(tmp_path):
+    path = tmp_path / "t.parquet"
+    tables.write_table(path, "images", images(3))
+    table = pq.read_table(path)
+    people = pa.array(["a", None, None])
+    pq.write_table(table.set_column(table.schema.get_field_index("person_id"), "person_id", people), path)
+    with pytest.raises(DataError, match="person_id has empty values where none is allowed: 2, the first in row 1"):
+        tables.read_table(path, "images")
+
+
+def test_pieces_have_the_rows_of_the_file_in_order_and_a_null_has_width_zero(tmp_path, monkeypatch):
+    path = tmp_path / "e.parquet"
+    rows = [[1.0, 0.0], None, [0.0, 1.0, 0.0], [None, 1.0]]
+    table = pa.Table.from_pandas(labels(4), preserve_index=False)
+    pq.write_table(table.append_column("embedding", pa.array(rows, pa.list_(pa.float32()))), path, row_group_size=3)
+    for numbers in (1, 1 << 22):
+        monkeypatch.setattr(tables, "_NUMBERS", numbers)
+        pieces = list(tables.vector_pieces(path, "embeddings", "embedding"))
+        assert np.concatenate([widths for widths, _ in pieces]).tolist() == [2, 0, 3, 2]
+        np.testing.assert_array_equal(np.concatenate([found for _, found in pieces]), [1, 0, 0, 1, 0, np.nan, 1])
+
+
+def test_lengths_of_rows_do_not_depend_on_the_block(monkeypatch):
+    values = unit(50, 7) * np.arange(1, 51, dtype=np.float32)[:, None]
+    whole = tables.norms_of(values)
+    np.testing.assert_allclose(whole, np.arange(1, 51), rtol=1e-6)
+    monkeypatch.setattr(tables, "_NUMBERS", 1)
+    assert tables.norms_of(values).tobytes() == whole.tobytes()

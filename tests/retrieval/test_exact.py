@@ -4,8 +4,8 @@ import torch
 
 from reidctl.errors import DataError
 from reidctl.metrics import METRICS, chance, distinct_query_ceiling
-from reidctl.retrieval import exact
 from reidctl.retrieval.exact import evaluate_ranking, search
+from reidctl.retrieval.products import Gallery, lattice
 
 
 def unit(rng, rows, width):
@@ -34,6 +34,13 @@ def problem(seed, queries=60, gallery=90, people=12, width=16, *, discrete=False
     )
 
 
+def exact_scores(q, g):
+    """All scores, each computed on its own by one of the three ways (`ways` below compares them)."""
+    gallery = Gallery(g, np.arange(len(g)), len(g), torch.device("cpu"))
+    row, position = np.divmod(np.arange(len(q) * len(g)), len(g))
+    return gallery.pair_scores(lattice(q, torch.device("cpu")), row, position).view(len(q), len(g))
+
+
 def slow_metrics(scores, labels, exclude):
     """Three nested loops over the definitions; only for scores without ties."""
     rows = []
@@ -54,7 +61,8 @@ def slow_metrics(scores, labels, exclude):
             precision = 0.0
             for hits, place in enumerate(places, 1):
                 precision += hits / place
-            rows.append([*(places[0] <= k for k in (1, 5, 10)), precision / len(places), len(places) / places[-1]])
+            found = [float(places[0] <= k) for k in (1, 5, 10, 20)]
+            rows.append([*found, precision / len(places), len(places) / places[-1], sum(found[:3])])
     return dict(zip(METRICS, np.mean(rows, axis=0), strict=True)), scores.shape[0] - len(rows)
 
 
@@ -95,7 +103,8 @@ def irra_metrics(similarity, query_person, gallery_person):
     order = np.argsort(-similarity, axis=1)
     match = gallery_person[order] == query_person[:, None]
     running = match.cumsum(1)
-    ranks = {f"rank{k}": (running[:, k - 1] > 0).mean() for k in (1, 5, 10)}
+    ranks = {f"rank{k}": (running[:, k - 1] > 0).mean() for k in (1, 5, 10, 20)}
+    ranks["rSum"] = ranks["rank1"] + ranks["rank5"] + ranks["rank10"]
     precision = running / np.arange(1, match.shape[1] + 1)
     ap = (precision * match).sum(1) / match.sum(1)
     last = match.shape[1] - 1 - match[:, ::-1].argmax(1)
@@ -162,13 +171,13 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 def test_scores_are_exact_in_any_order_of_summation(width):
     rng = np.random.default_rng(width)
     q, g = unit(rng, 5, width), unit(rng, 7, width)
-    blocks = exact._Gallery(g, np.arange(7), 7, torch.device("cpu"))
-    ((_, scores),) = blocks.scores(exact._lattice(q, torch.device("cpu")))
+    scores = exact_scores(q, g)
     for i in range(5):
         for j in range(7):
             whole = [int(v) for v in np.rint(q[i].astype(np.float64) * 2**26)]
             other = [int(v) for v in np.rint(g[j].astype(np.float64) * 2**26)]
-            assert int(scores[i, j]) == sum(a * b for a, b in zip(whole, other, strict=True))  # Python integers
+            truth = sum(a * b for a, b in zip(whole, other, strict=True))  # Python integers
+            assert int(scores[i, j] * 2**52) == truth
 
 
 def test_rounding_the_input_costs_less_than_a_float32_product():
@@ -176,9 +185,7 @@ def test_rounding_the_input_costs_less_than_a_float32_product():
     q, g = unit(rng, 50, 512), unit(rng, 400, 512)
     truth = q.astype(np.float64) @ g.T.astype(np.float64)
     index, score = search(q, g, top=400)
-    blocks = exact._Gallery(g, np.arange(400), 400, torch.device("cpu"))
-    ((_, scores),) = blocks.scores(exact._lattice(q, torch.device("cpu")))
-    ours = np.abs(scores.numpy() / 2.0**52 - truth).max()
+    ours = np.abs(exact_scores(q, g).numpy() - truth).max()
     assert ours < np.abs(q @ g.T - truth).max()
     np.testing.assert_allclose(score, np.take_along_axis(truth, index, 1), atol=1e-7)
 
@@ -266,7 +273,7 @@ def test_same_outfit_drops_the_query_s_own_clothes():
 def test_best_items_agree_with_the_metrics_and_with_sorting_everything(discrete):
     q, g, labels = problem(7, discrete=discrete)
     found = evaluate_ranking(q, g, **labels, exclude="none", top=25, gallery_block=10)
-    scores = exact._lattice(q, torch.device("cpu")) @ exact._lattice(g, torch.device("cpu")).T
+    scores = exact_scores(q, g)
     expected = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :25].numpy()
     assert (found.index == expected).all()
     if not discrete:
