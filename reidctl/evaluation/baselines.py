@@ -31,7 +31,7 @@ _VOCABULARY = 2000
 
 def chance_of(ranking: Ranking) -> QueryMetrics:
     """Return the score of a random ranking with the same matches and gallery sizes."""
-    return chance(ranking.queries.matches, ranking.gallery)
+    return chance(ranking.queries.matches, ranking.gallery, cutoffs=tuple(ranking.queries.hits))
 
 
 def label_shuffle(protocol: Protocol, *, seed: int = 0) -> Protocol:

@@ -1,6 +1,6 @@
 """Who is searched among whom: query and gallery sets from tables, and result tables from their evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from reidctl.errors import DataError
-from reidctl.metrics import METRICS, Interval, summarise
-from reidctl.retrieval.exact import Exclude, Ranking, evaluate_ranking
+from reidctl.errors import DataError, UsageError
+from reidctl.metrics import CUTOFFS, Interval, summarise
+from reidctl.retrieval.exact import Ranking, evaluate_ranking
+from reidctl.retrieval.labels import Exclude
 from reidctl.retrieval.store import EmbeddingTable
 
-Direction = Literal["t2i", "i2i"]
+Direction = Literal["t2i", "i2i", "it2i"]
 Objects = npt.NDArray[np.object_]
 
 
@@ -56,13 +57,25 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation gives: the ranking, its summary, and rows for the three result tables."""
+    """What an evaluation gives: the ranking, its summary, and rows for the three result tables.
+
+    Attributes:
+        ranking: per query, in the order of the protocol's queries.
+        summary: every metric with its interval.
+        metrics: rows of the table of that name; none if no query is scored.
+        queries: likewise.
+        rankings: likewise.
+        left_out: default metrics that the gallery is too small for; neither in `summary` nor in `metrics`.
+        unmatched: ids of the queries without a match, which were skipped, sorted.
+    """
 
     ranking: Ranking
     summary: dict[str, Interval]
     metrics: pd.DataFrame
     queries: pd.DataFrame
     rankings: pd.DataFrame
+    left_out: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
 
 def text_to_image(
@@ -159,7 +172,7 @@ def clothes_settings(protocol: Protocol) -> list[Protocol]:
     """
     query, gallery = protocol.query, protocol.gallery
     known = all(label is not None for side in (query, gallery) for label in (*side.outfit, *side.camera))
-    if protocol.direction != "i2i" or not known:
+    if protocol.direction == "t2i" or not known:
         return []
     worn: dict[object, set[object]] = {}
     for person, outfit in zip(gallery.person, gallery.outfit, strict=True):
@@ -190,6 +203,7 @@ def evaluate(
     protocol: Protocol,
     *,
     top: int = 50,
+    cutoffs: Sequence[int] | None = None,
     seed: int = 0,
     resamples: int = 1000,
     device: str = "cpu",
@@ -199,52 +213,127 @@ def evaluate(
 
     In `metrics`, `queries` counts the scored queries, `skipped` those without a match, `gallery` all gallery items.
     Intervals are over people (see `metrics.bootstrap_interval`). Ranks in `rankings` count from 1.
+
+    Args:
+        protocol: who is searched among whom.
+        top: how many items of each ranking to keep.
+        cutoffs: the k of rank-k, besides those of rSum. None: 1, 5, 10 and 20, without those beyond the gallery.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+        device: where to compute.
+        advance: called with the number of queries after each block.
+
+    Raises:
+        DataError: an asked cutoff is beyond the gallery; else see `evaluate_ranking`.
+        UsageError: a cutoff below 1.
     """
-    query, gallery = protocol.query, protocol.gallery
-    ranking = evaluate_ranking(
-        query.vectors,
-        gallery.vectors,
-        query_person=query.person,
-        gallery_person=gallery.person,
-        query_camera=query.camera,
-        gallery_camera=gallery.camera,
-        query_outfit=query.outfit,
-        gallery_outfit=gallery.outfit,
-        query_id=query.item,
-        gallery_id=gallery.item,
-        exclude=protocol.exclude,
-        top=top,
-        device=device,
-        advance=advance,
-    )
-    summary = summarise(ranking.queries, query.person, seed=seed, resamples=resamples)
+    check_cutoffs(protocol, cutoffs or ())
+    ranking = rank(protocol, top=top, cutoffs=cutoffs or CUTOFFS, device=device, advance=advance)
+    return evaluation_of(protocol, ranking, seed=seed, resamples=resamples)
+
+
+def check_cutoffs(protocol: Protocol, cutoffs: Sequence[int]) -> None:
+    """Refuse rank-k where k is more than there are gallery images: it would be certain, not measured.
+
+    Raises:
+        DataError: a cutoff is beyond the gallery.
+        UsageError: a cutoff below 1.
+    """
+    for k in cutoffs:
+        if k < 1:
+            raise UsageError(f"rank-{k} means nothing.", hint="Cutoffs are whole numbers from 1.")
+        if k > len(protocol.gallery):
+            raise DataError(
+                f"rank-{k} needs a gallery of at least {k} images; {protocol.dataset} {protocol.split} has "
+                f"{len(protocol.gallery)}.",
+                hint="Ask for a smaller k, or measure on more images.",
+            )
+
+
+def evaluation_of(protocol: Protocol, ranking: Ranking, *, seed: int = 0, resamples: int = 1000) -> Evaluation:
+    """Summarise a ranking of the protocol, e.g. a re-ranked one; see `evaluate`.
+
+    Rank-k beyond the gallery, and rSum if rank-10 is, are left out of `summary` and `metrics` and named in `left_out`;
+    their columns in `queries` are empty.
+    """
+    found = summarise(ranking.queries, protocol.query.person, seed=seed, resamples=resamples)
+    beyond = {f"rank{k}" for k in ranking.queries.hits if k > len(protocol.gallery)}
+    beyond |= {"rSum"} if "rank10" in beyond else set()
+    summary = {name: value for name, value in found.items() if name not in beyond}
+    unmatched = protocol.query.item[ranking.queries.matches == 0]
     return Evaluation(
         ranking,
         summary,
         _metrics_frame(protocol, ranking, summary),
-        _queries_frame(protocol, ranking),
+        _queries_frame(protocol, ranking, beyond),
         _rankings_frame(protocol, ranking),
+        left_out=tuple(name for name in found if name in beyond),
+        unmatched=tuple(sorted(str(item) for item in unmatched)),
+    )
+
+
+def rank(
+    protocol: Protocol,
+    *,
+    top: int = 50,
+    cutoffs: Sequence[int] = CUTOFFS,
+    device: str = "cpu",
+    advance: Callable[[int], None] | None = None,
+) -> Ranking:
+    """Return the ranking of the gallery for every query under the protocol's rules; see `evaluate_ranking`."""
+    query, gallery = protocol.query, protocol.gallery
+    return evaluate_ranking(
+        query.vectors,
+        gallery.vectors,
+        query_person=query.person,
+        gallery_person=gallery.person,
+        query_camera=_cameras(query),
+        gallery_camera=_cameras(gallery),
+        query_outfit=query.outfit,
+        gallery_outfit=gallery.outfit,
+        # A query that contains an image is dropped from its own gallery, under whatever name it is asked.
+        query_id=query.image,
+        gallery_id=gallery.item,
+        exclude=protocol.exclude,
+        top=top,
+        cutoffs=cutoffs,
+        device=device,
+        advance=advance,
+    )
+
+
+def _cameras(side: Side) -> Objects:
+    """The cameras, an unknown one being the image's own: it equals that of the same image and of no other."""
+    return np.array(
+        [f"\0{image}" if camera is None else camera for camera, image in zip(side.camera, side.image, strict=True)],
+        dtype=object,
     )
 
 
 def _metrics_frame(protocol: Protocol, ranking: Ranking, summary: dict[str, Interval]) -> pd.DataFrame:
     counts = {"queries": ranking.queries.scored, "skipped": ranking.queries.skipped, "gallery": len(protocol.gallery)}
     where = {key: getattr(protocol, key) for key in ("direction", "dataset", "split", "condition")}
-    rows = [{**where, "metric": metric, **vars(summary[metric]), **counts} for metric in METRICS]
+    rows = [{**where, "metric": metric, **vars(summary[metric]), **counts} for metric in summary]
     # A split where every query is skipped has no metrics: the column `value` must not be empty.
     return pd.DataFrame(rows if counts["queries"] else rows[:0], columns=list(rows[0]))
 
 
-def _queries_frame(protocol: Protocol, ranking: Ranking) -> pd.DataFrame:
+def _queries_frame(protocol: Protocol, ranking: Ranking, beyond: set[str]) -> pd.DataFrame:
+    queries = ranking.queries
+    hits = {f"rank{k}": queries.hits[k] for k in CUTOFFS if k in queries.hits and f"rank{k}" not in beyond}
     return pd.DataFrame(
         {
+            "direction": protocol.direction,
+            "dataset": protocol.dataset,
             "query_id": protocol.query.item,
             "condition": protocol.condition,
             "person_id": protocol.query.person,
-            "matches": ranking.queries.matches,
-            "first_match": ranking.queries.first_match,
-            "average_precision": ranking.queries.average_precision,
-            "inp": ranking.queries.inp,
+            "matches": queries.matches,
+            "gallery": ranking.gallery,
+            "first_match": queries.first_match,
+            "average_precision": queries.average_precision,
+            "inp": queries.inp,
+            **{f"rank{k}": hits.get(f"rank{k}", np.nan) for k in CUTOFFS},
         }
     )
 
@@ -253,6 +342,8 @@ def _rankings_frame(protocol: Protocol, ranking: Ranking) -> pd.DataFrame:
     row, place = np.nonzero(ranking.index >= 0)
     return pd.DataFrame(
         {
+            "direction": protocol.direction,
+            "dataset": protocol.dataset,
             "query_id": protocol.query.item[row],
             "condition": protocol.condition,
             "rank": place + 1,

@@ -1,13 +1,15 @@
-"""Robustness settings: how a query text or image is degraded, as pure seeded functions.
+"""Robustness settings: how a query text or image is degraded, as pure seeded functions, and which settings there are.
 
 Text settings (BDAM, ICME version, Table V, and general noise): `standard`, `identity-only`, `clothes-conflict`,
-`word-dropout`, `typos`, `truncation`. Image settings: `blur`, `low-resolution`, `occlusion`, `illumination`, `blank`.
-Every item has its own random stream, so its result does not depend on the other items or their order;
-clothes-conflict alone looks at all of them, by definition.
+`word-dropout`, `typos`, `truncation`, and `paraphrase` (`evaluation/paraphrase.py`). Image settings: `blur`,
+`low-resolution`, `occlusion`, `illumination`, `blank`. Every item has its own random stream, so its result does not
+depend on the other items or their order; clothes-conflict alone looks at all of them, by definition.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +19,81 @@ from reidctl.datasets.degrade import degrade
 from reidctl.errors import DataError, UsageError
 
 Pixels = npt.NDArray[np.uint8]
+Kind = Literal["reference", "caption", "described", "image"]
 
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the registry.
+
+    Attributes:
+        name: what the command line calls it.
+        kind: `caption`: changes caption queries; `described`: changes queries made of identity and clothing texts;
+            `image`: changes pictures; `reference`: what the others are compared with.
+        summary: one line for the help text.
+        level: how strong it is unless told otherwise, in [0, 1]; None where there is no strength.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    level: float | None = None
+
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting("standard", "reference", "nothing changed; always measured, for the others to be compared with"),
+        Setting("identity-only", "described", "identity + clothing texts without the clothing part"),
+        Setting(
+            "clothes-conflict",
+            "described",
+            "identity texts with the clothing text of another person in other clothes; three seeds and their mean",
+        ),
+        Setting("word-dropout", "caption", "every word left out with probability LEVEL", 0.3),
+        Setting("typos", "caption", "every word mistyped once with probability LEVEL", 0.3),
+        Setting("truncation", "caption", "the last LEVEL of the words cut off", 0.5),
+        Setting("paraphrase", "caption", "the same content in other words or another order, one row per style"),
+        Setting("blur", "image", "Gaussian blur, standard deviation LEVEL x 5 % of the image height", 0.3),
+        Setting("low-resolution", "image", "1 + 7 LEVEL times fewer pixels along each side", 0.4),
+        Setting("occlusion", "image", "a grey rectangle over LEVEL of the picture's area, anywhere in it", 0.3),
+        Setting("illumination", "image", "pixel values times 4^LEVEL or 4^-LEVEL, either with probability 1/2", 0.5),
+        Setting("blank", "image", "every picture the same grey: must give chance"),
+    )
+}
 TEXT_SETTINGS = ("standard", "identity-only", "clothes-conflict", "word-dropout", "typos", "truncation")
 # Those that `data degrade` makes too: one implementation, `datasets/degrade.py`.
 _KINDS = {"word-dropout": "drop", "typos": "typo", "truncation": "shorten"}
-IMAGE_SETTINGS = ("blur", "low-resolution", "occlusion", "illumination", "blank")
+IMAGE_SETTINGS = tuple(setting.name for setting in SETTINGS.values() if setting.kind == "image")
+_ROUNDS = 50
+
+
+def resolve(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings asked for in the order of the registry, `standard` first; `all` stands for every one.
+
+    Raises:
+        UsageError: an unknown name, or none at all.
+    """
+    known = ", ".join(("all", *SETTINGS))
+    unknown = [name for name in names if name not in (*SETTINGS, "all")]
+    if unknown:
+        raise UsageError(f"Unknown setting `{unknown[0]}`.", hint=f"Known: {known}.")
+    if not names:
+        raise UsageError("No setting was asked for.", hint=f"Known: {known}.")
+    asked = set(SETTINGS) if "all" in names else {*names, "standard"}
+    return tuple(name for name in SETTINGS if name in asked)
+
+
+def level_of(name: str, level: float | None = None) -> float | None:
+    """Return the strength of a setting: `level` if given, else its own; None for a setting without a strength.
+
+    Raises:
+        UsageError: a level outside [0, 1].
+    """
+    if level is not None and not 0 <= level <= 1:  # NaN is refused too
+        raise UsageError(f"The level {level:g} is not between 0 and 1.", hint="0 changes nothing, 1 is the strongest.")
+    own = SETTINGS[name].level
+    return own if own is None or level is None else level
 
 
 def stream(seed: int, *keys: str) -> np.random.Generator:
@@ -30,34 +102,72 @@ def stream(seed: int, *keys: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
-def conflicting_donors(clothing: Sequence[str], people: Sequence[str], *, seed: int = 0) -> npt.NDArray[np.int64]:
+def conflicting_donors(
+    clothing: Sequence[str],
+    people: Sequence[str],
+    *,
+    outfits: Sequence[str | None] | None = None,
+    ids: Sequence[str] | None = None,
+    seed: int = 0,
+) -> npt.NDArray[np.int64]:
     """Return whose clothing text each query wears: a permutation in which nobody gets their own or an equal text.
 
-    For every i, people[donor[i]] != people[i] and clothing[donor[i]] != clothing[i]. The paper "shuffles" clothing
-    descriptions; a plain shuffle can hand back the same outfit, so we take a derangement.
+    For every i, people[donor[i]] != people[i] and clothing[donor[i]] != clothing[i], and where both outfits are known
+    outfits[donor[i]] != outfits[i]. The paper "shuffles" clothing descriptions; a plain shuffle can hand back the same
+    outfit, so we take a derangement: a random permutation whose misfits are swapped with random partners that fit.
+
+    Args:
+        clothing: clothing texts.
+        people: person ids.
+        outfits: outfit ids, None where unknown.
+        ids: query ids; with them the answer does not depend on the order of the queries.
+        seed: of the permutation.
 
     Raises:
         DataError: no such permutation was found, e.g. because most texts are equal.
     """
-    order = np.lexsort(
-        (np.arange(len(people)), np.asarray(clothing, object).astype(str), np.asarray(people, object).astype(str))
-    )
+    count = len(people)
+    if not count:
+        return np.zeros(0, np.int64)
+    names = ids if ids is not None else [f"{row:012d}" for row in range(count)]
+    order = np.asarray(sorted(range(count), key=lambda row: (people[row], clothing[row], names[row])), np.int64)
+    labels = [_codes(values, order) for values in (people, clothing, outfits or [None] * count)]
     rng = np.random.default_rng(seed)
-    donor = order[rng.permutation(len(order))]
+    donor = rng.permutation(count)
+    wrong = np.flatnonzero(_clash(labels, np.arange(count), donor))
+    for _ in range(_ROUNDS):
+        if not len(wrong):
+            found = np.empty(count, np.int64)
+            found[order] = order[donor]
+            return found
+        for row in wrong:
+            partners = np.flatnonzero(
+                ~_clash(labels, np.full(count, row), donor)
+                & ~_clash(labels, np.arange(count), np.full(count, donor[row]))
+            )
+            if len(partners):
+                other = partners[rng.integers(len(partners))]
+                donor[row], donor[other] = donor[other], donor[row]
+        before, wrong = len(wrong), np.flatnonzero(_clash(labels, np.arange(count), donor))
+        if len(wrong) == before:
+            break
+    raise DataError(f"{len(wrong)} of {count} clothing texts have nobody different to swap with.")
 
-    def fits(i: int, j: int) -> bool:
-        return people[i] != people[j] and clothing[i] != clothing[j]
 
-    for _ in range(20):
-        wrong = [i for i in range(len(donor)) if not fits(i, int(donor[i]))]
-        if not wrong:
-            return np.asarray(donor, np.int64)
-        for i in wrong:
-            for k in rng.permutation(len(donor)):
-                if fits(i, int(donor[k])) and fits(int(k), int(donor[i])):
-                    donor[i], donor[k] = donor[k], donor[i]
-                    break
-    raise DataError(f"{len(wrong)} of {len(donor)} clothing texts have nobody different to swap with.")
+def _codes(values: Sequence[str | None], order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Labels as numbers, in `order`; -1 for an unknown one."""
+    number = {value: place for place, value in enumerate(sorted({value for value in values if value is not None}))}
+    return np.asarray([-1 if values[row] is None else number[values[row]] for row in order], np.int64)
+
+
+def _clash(
+    labels: Sequence[npt.NDArray[np.int64]], mine: npt.NDArray[np.int64], other: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Where two rows share a person, a text or a known outfit."""
+    found = np.zeros(len(mine), bool)
+    for code in labels:
+        found |= (code[mine] == code[other]) & (code[mine] >= 0)
+    return found
 
 
 def degrade_texts(
@@ -68,8 +178,9 @@ def degrade_texts(
     identity: Sequence[str] | None = None,
     clothing: Sequence[str] | None = None,
     people: Sequence[str] | None = None,
+    outfits: Sequence[str | None] | None = None,
     seed: int = 0,
-    share: float = 0.3,
+    share: float | None = None,
 ) -> list[str]:
     """Return the query texts under a setting.
 
@@ -83,18 +194,20 @@ def degrade_texts(
         identity: identity texts, for the two settings above.
         clothing: clothing texts, for `clothes-conflict`.
         people: person ids, for `clothes-conflict`.
+        outfits: outfit ids, None where unknown, for `clothes-conflict`.
         seed: of all random choices.
-        share: how much `word-dropout`, `typos` and `truncation` take away, in [0, 1].
+        share: how much `word-dropout`, `typos` and `truncation` take away, in [0, 1]; None: the setting's own level.
 
     Raises:
-        UsageError: an unknown setting.
+        UsageError: an unknown setting, or a share outside [0, 1].
         DataError: texts that the setting needs are absent, or see `conflicting_donors`.
     """
     if setting == "standard":
         return list(texts)
     if setting in _KINDS:
-        kind = _KINDS[setting]
-        return [degrade(text, kind, share, seed=seed, key=item) for item, text in zip(ids, texts, strict=True)]
+        kind, level = _KINDS[setting], level_of(setting, share)
+        assert level is not None
+        return [degrade(text, kind, level, seed=seed, key=item) for item, text in zip(ids, texts, strict=True)]
     if setting not in TEXT_SETTINGS:
         raise UsageError(f"Unknown text setting {setting}.", hint=f"Known: {', '.join(TEXT_SETTINGS)}.")
     if identity is None:
@@ -105,42 +218,52 @@ def degrade_texts(
         raise DataError(
             f"Setting {setting} needs clothing texts and people.", hint="Write them with `reidctl caption`."
         )
-    donors = conflicting_donors(clothing, people, seed=seed)
+    donors = conflicting_donors(clothing, people, outfits=outfits, ids=ids, seed=seed)
     return [f"{own} {clothing[donor]}".strip() for own, donor in zip(identity, donors, strict=True)]
 
 
-def degrade_image(setting: str, item: str, pixels: Pixels, *, seed: int = 0, strength: float = 0.5) -> Pixels:
+def degrade_image(setting: str, item: str, pixels: Pixels, *, seed: int = 0, strength: float | None = None) -> Pixels:
     """Return an image under a setting.
+
+    All strengths are relative to the picture, so that one level means the same for pictures of any size: of a person
+    of 1.7 m who fills the height, 1 % of it is 1.7 cm.
 
     Args:
         setting: one of `IMAGE_SETTINGS`.
         item: image id; seeds its own random stream.
         pixels: shape (H, W, 3), uint8.
         seed: of all random choices.
-        strength: in [0, 1]; 0 leaves the image alone, except for `blank`.
+        strength: in [0, 1]; 0 leaves the image alone, except for `blank`; None: the setting's own level.
 
     Raises:
-        UsageError: an unknown setting.
+        UsageError: an unknown setting, or a strength outside [0, 1].
     """
+    if setting not in IMAGE_SETTINGS:
+        raise UsageError(f"Unknown image setting {setting}.", hint=f"Known: {', '.join(IMAGE_SETTINGS)}.")
+    level = level_of(setting, strength) or 0.0
     changes: dict[str, Callable[[], Pixels]] = {
-        "blur": lambda: _blur(pixels, strength),
-        "low-resolution": lambda: _low_resolution(pixels, strength),
-        "occlusion": lambda: _occlude(pixels, strength, stream(seed, setting, item)),
-        "illumination": lambda: _relight(pixels, strength, stream(seed, setting, item)),
+        "blur": lambda: _blur(pixels, level),
+        "low-resolution": lambda: _low_resolution(pixels, level),
+        "occlusion": lambda: _occlude(pixels, level, stream(seed, setting, item)),
+        "illumination": lambda: _relight(pixels, level, stream(seed, setting, item)),
         "blank": lambda: np.full_like(pixels, 128),
     }
-    if setting not in changes:
-        raise UsageError(f"Unknown image setting {setting}.", hint=f"Known: {', '.join(IMAGE_SETTINGS)}.")
     return changes[setting]()
 
 
 def _blur(pixels: Pixels, strength: float) -> Pixels:
-    """Gaussian blur with a standard deviation of up to 5 % of the height."""
+    """Blur with a Gaussian whose standard deviation is `strength` x 5 % of the height (at most 8.5 cm of 1.7 m).
+
+    Pillow approximates the Gaussian by three box blurs of fractional width.
+    """
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.05 * strength * len(pixels))))
 
 
 def _low_resolution(pixels: Pixels, strength: float) -> Pixels:
-    """Shrink to as little as one eighth of each side and enlarge again."""
+    """Shrink each side by 1 + 7 `strength` (at most 8) with antialiasing, and enlarge it again, both bilinear.
+
+    What is left is as sharp as a picture from 1 + 7 `strength` times as far away, or from such a camera.
+    """
     height, width = pixels.shape[:2]
     factor = 1 + 7 * strength
     small = (max(1, round(width / factor)), max(1, round(height / factor)))
@@ -149,7 +272,7 @@ def _low_resolution(pixels: Pixels, strength: float) -> Pixels:
 
 
 def _occlude(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
-    """Cover a rectangle of `strength` of the area with grey."""
+    """Cover `strength` of the area with a grey rectangle of the picture's own shape, at a uniformly random place."""
     height, width = pixels.shape[:2]
     tall, wide = round(height * np.sqrt(strength)), round(width * np.sqrt(strength))
     top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
@@ -159,6 +282,9 @@ def _occlude(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixel
 
 
 def _relight(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
-    """Darken or brighten, up to a factor of 4 either way."""
+    """Multiply the bytes by 4^strength or 4^-strength and clip, so bright parts burn out.
+
+    The bytes are gamma-encoded: with display gamma 2.2 a factor of 2 on them is a factor of 4.6 (2.2 stops) of light.
+    """
     gain = 4.0 ** (strength * (1 if rng.random() < 0.5 else -1))
     return np.asarray(np.clip(np.rint(pixels * gain), 0, 255), np.uint8)

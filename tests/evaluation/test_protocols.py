@@ -2,9 +2,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
 from reidctl.evaluation.baselines import chance_of, label_shuffle
-from reidctl.evaluation.protocols import clothes_settings, evaluate, image_to_image, text_to_image, with_vectors
+from reidctl.evaluation.protocols import (
+    clothes_settings,
+    evaluate,
+    evaluation_of,
+    image_to_image,
+    text_to_image,
+    with_vectors,
+)
 from reidctl.metrics import METRICS
 from reidctl.retrieval.store import from_frame
 from reidctl.tables import read_table, vectors, write_table
@@ -53,7 +60,8 @@ def test_every_caption_is_a_query_and_both_roles_are_the_gallery():
     assert len(protocol.gallery) == len(images) == 24
     assert protocol.exclude == "none"
     result = evaluate(protocol)
-    assert result.ranking.queries.means() == dict.fromkeys(METRICS, 1.0)
+    assert result.ranking.queries.means() == {**dict.fromkeys(METRICS, 1.0), "rSum": 3.0}
+    assert (result.left_out, result.unmatched) == ((), ())
     assert (result.ranking.queries.matches == 4).all()
 
 
@@ -160,7 +168,12 @@ def test_result_frames_fit_their_tables_and_agree_with_each_other(tmp_path):
     assert metrics.loc["rank1", "value"] == pytest.approx((queries["first_match"] == 1).mean())
     assert (metrics["low"] <= metrics["value"]).all()
     assert (metrics["value"] <= metrics["high"]).all()
-    assert metrics["queries"].tolist() == [48] * 5
+    assert metrics["queries"].tolist() == [48] * 7
+    for k in (1, 5, 10, 20):
+        assert metrics.loc[f"rank{k}", "value"] == pytest.approx(queries[f"rank{k}"].mean())
+    assert metrics.loc["rSum", "value"] == pytest.approx(sum(metrics.loc[f"rank{k}", "value"] for k in (1, 5, 10)))
+    assert set(queries["direction"]) == set(rankings["direction"]) == {"t2i"}
+    assert set(queries["dataset"]) == set(rankings["dataset"]) == {"toy"} and queries["gallery"].eq(24).all()
     assert rankings.groupby("query_id").size().eq(24).all()
 
 
@@ -169,10 +182,58 @@ def test_a_split_of_skipped_queries_writes_no_metrics_but_all_queries(tmp_path):
     images["camera_id"] = "c0"
     result = evaluate(image_to_image(images, from_frame(embeddings), dataset="toy", split="test"))
     assert result.ranking.queries.skipped == 6
-    assert len(result.metrics) == 0
+    assert len(result.metrics) == 0 and result.unmatched == tuple(f"p{person}s0" for person in range(6))
     write_table(tmp_path / "metrics.parquet", "metrics", result.metrics)
     write_table(tmp_path / "queries.parquet", "queries", result.queries)
     assert read_table(tmp_path / "queries.parquet", "queries")["average_precision"].isna().all()
+
+
+def test_rank_k_beyond_the_gallery_is_left_out_by_default_and_refused_when_asked_for(tmp_path):
+    images, captions, embeddings = people_tables(people=4, each=3, noise=1.0)
+    protocol = text_to_image(images, captions, from_frame(embeddings), dataset="toy", split="test")
+    result = evaluate(protocol)
+    assert result.left_out == ("rank20",)
+    assert list(result.metrics["metric"]) == [*result.summary] == [name for name in METRICS if name != "rank20"]
+    assert result.queries["rank20"].isna().all() and result.queries["rank10"].notna().all()
+    write_table(tmp_path / "queries.parquet", "queries", result.queries)
+    with pytest.raises(DataError, match=r"rank-20 needs a gallery of at least 20 images; toy test has 12\."):
+        evaluate(protocol, cutoffs=(1, 20))
+    with pytest.raises(UsageError, match="rank-0"):
+        evaluate(protocol, cutoffs=(0,))
+
+
+def test_a_gallery_below_ten_images_has_no_rsum():
+    images, captions, embeddings = people_tables(people=2, each=4)
+    result = evaluate(text_to_image(images, captions, from_frame(embeddings), dataset="toy", split="test"))
+    assert result.left_out == ("rank10", "rank20", "rSum")
+    assert list(result.summary) == ["rank1", "rank5", "mAP", "mINP"]
+
+
+def test_asked_cutoffs_take_the_place_of_the_usual_ones():
+    images, captions, embeddings = people_tables(noise=2.0)
+    protocol = text_to_image(images, captions, from_frame(embeddings), dataset="toy", split="test")
+    result = evaluate(protocol, cutoffs=(1, 3))
+    assert list(result.summary) == ["rank1", "rank3", "rank5", "rank10", "mAP", "mINP", "rSum"]
+    assert result.summary["rank3"].value == pytest.approx((result.queries["first_match"] <= 3).mean())
+    assert result.queries["rank20"].isna().all()
+
+
+def test_a_ranking_made_elsewhere_is_summarised_alike():
+    images, captions, embeddings = people_tables(noise=2.0)
+    protocol = text_to_image(images, captions, from_frame(embeddings), dataset="toy", split="test")
+    usual = evaluate(protocol, seed=3)
+    again = evaluation_of(protocol, usual.ranking, seed=3)
+    assert again.summary == usual.summary and again.queries.equals(usual.queries)
+    assert again.metrics.equals(usual.metrics) and again.rankings.equals(usual.rankings)
+
+
+def test_an_image_without_a_camera_is_not_its_own_match_among_images_with_one():
+    images, _, embeddings = people_tables(roles=False, captions=0)
+    images.loc[images["image_id"] == "p0s1", "camera_id"] = None
+    result = evaluate(image_to_image(images, from_frame(embeddings), dataset="toy", split="test"))
+    assert not (result.rankings["query_id"] == result.rankings["gallery_id"]).any()
+    # It equals no camera, so the other three shots of the person are its matches.
+    assert result.queries.set_index("query_id").loc["p0s1", "matches"] == 3
 
 
 @pytest.mark.covers(36)
