@@ -1,6 +1,8 @@
 """A trained method applied to many images or texts; the gallery side reads only images and texts written from them."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,9 @@ from reidctl.methods.base import Method
 from reidctl.pixels import PixelStore, image_batches
 
 Advance = Callable[[int], None]
+Vector = npt.NDArray[np.float32]
+
+_CHUNK = 4096  # texts that are tokenised at a time
 
 
 def embed_gallery(
@@ -52,6 +57,62 @@ def embed_gallery(
     return np.concatenate(pieces) if pieces else np.zeros((0, 0), np.float32)
 
 
+def embed_blank(
+    method: Method,
+    corpus: Corpus,
+    *,
+    device: torch.device,
+    grey: int = 128,
+    batch: int = 128,
+    advance: Advance | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return the unit vectors that a corpus has if every picture is the same plain grey, in order, shape (N, D).
+
+    Equal inputs are embedded once and share one vector: forward passes of different batch shapes differ in their last
+    bits, which would break ties that must be ties. Without gallery texts all rows are equal, bit for bit.
+
+    Raises:
+        DataError: a gallery text is missing.
+    """
+    texts = {kind: _all_texts(corpus, kind) for kind in method.gallery_texts}
+    keys = list(zip(*texts.values(), strict=True)) if texts else [()] * len(corpus.images)
+    first: dict[tuple[str, ...], int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    place = {key: number for number, key in enumerate(first)}
+    part = _rows(corpus, list(first.values()))
+    store = _Blank(method.backbone.image_size, len(first), grey)
+    vectors = embed_gallery(method, part, device=device, batch=batch, store=store)
+    if advance:
+        advance(len(keys))
+    return vectors[[place[key] for key in keys]]
+
+
+class _Blank(PixelStore):
+    """Any number of equal grey pictures that exist as no file."""
+
+    def __init__(self, size: tuple[int, int], count: int, grey: int) -> None:
+        super().__init__([], size, cache_bytes=0)
+        self._count, self._pixels = count, np.full((*size, 3), grey, np.uint8)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.uint8]:
+        return self._pixels
+
+
+def _rows(corpus: Corpus, rows: list[int]) -> Corpus:
+    """Some images of a corpus and their described texts, without captions."""
+    return replace(
+        corpus,
+        images=corpus.images.iloc[rows].reset_index(drop=True),
+        captions=corpus.captions.iloc[:0],
+        identity=[corpus.identity[row] for row in rows],
+        clothing=[corpus.clothing[row] for row in rows],
+    )
+
+
 def _all_texts(corpus: Corpus, kind: str) -> list[str]:
     texts: list[str | None] = getattr(corpus, kind)
     lacking = [row for row, text in enumerate(texts) if not text]
@@ -70,14 +131,61 @@ def embed_queries(
     *,
     device: torch.device,
     batch: int = 256,
+    known: Mapping[bytes, Vector] | None = None,
     advance: Advance | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Return the unit vectors of query texts, in order, shape (Q, D)."""
-    pieces = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), batch):
-            tokens: Tokens = method.backbone.tokenize(list(texts[start : start + batch]))
-            pieces.append(method.embed_texts(Batch(texts={"full": tokens}).to(device)).float().cpu().numpy())
+    """Return the unit vectors of query texts, in order, shape (Q, D).
+
+    Texts with the same tokens are embedded once, so they have equal vectors, bit for bit: equal texts, and those that
+    differ in what the tokenizer does not keep (capitals, or everything beyond the longest text it takes).
+
+    Args:
+        method: the model.
+        texts: the queries.
+        device: where to compute.
+        batch: texts per forward pass.
+        known: vectors that need not be made again, by `token_keys`.
+        advance: called with a number of texts whenever that many more are done.
+    """
+    vector_of, key_of = dict(known or {}), dict[str, bytes]()
+    times = Counter(texts)
+    distinct = list(times)
+    for start in range(0, len(distinct), _CHUNK):
+        part = distinct[start : start + _CHUNK]
+        tokens = method.backbone.tokenize(part)
+        keys = _keys(tokens)
+        key_of |= dict(zip(part, keys, strict=True))
+        fresh = {key: row for row, key in reversed(list(enumerate(keys))) if key not in vector_of}
+        rows = sorted(fresh.values())
+        for begin in range(0, len(rows), batch):
+            some = rows[begin : begin + batch]
+            made = _embed_tokens(method, tokens[torch.tensor(some)], device)
+            vector_of |= {keys[row]: vector for row, vector in zip(some, made, strict=True)}
             if advance:
-                advance(len(tokens))
-    return np.concatenate(pieces) if pieces else np.zeros((0, 0), np.float32)
+                advance(len(some))
+        if advance:
+            advance(sum(times[text] for text in part) - len(rows))
+    return np.stack([vector_of[key_of[text]] for text in texts]) if texts else np.zeros((0, 0), np.float32)
+
+
+def token_keys(method: Method, texts: Sequence[str]) -> list[bytes]:
+    """Return for each text what the text tower reads of it: equal keys are equal inputs."""
+    keys: list[bytes] = []
+    for start in range(0, len(texts), _CHUNK):
+        keys += _keys(method.backbone.tokenize(list(texts[start : start + _CHUNK])))
+    return keys
+
+
+def _keys(tokens: Tokens) -> list[bytes]:
+    return [ids[mask].numpy().tobytes() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def _embed_tokens(method: Method, tokens: Tokens, device: torch.device) -> npt.NDArray[np.float32]:
+    """The vectors of one batch, padded to its own longest text."""
+    length = int(tokens.mask.sum(1).max())
+    trimmed = Tokens(tokens.ids[:, :length], tokens.mask[:, :length])
+    with torch.inference_mode():
+        vectors: npt.NDArray[np.float32] = (
+            method.embed_texts(Batch(texts={"full": trimmed}).to(device)).float().cpu().numpy()
+        )
+    return vectors

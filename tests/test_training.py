@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import corpus_of, without_captions, write_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from reidctl.augment import AugmentConfig
 from reidctl.backbones.weights import build
@@ -18,7 +18,14 @@ from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import build_method, unique_state
-from reidctl.training import TrainConfig, Trainer, _save_whole, build_optimizer, learning_rate_factor
+from reidctl.training import (
+    TrainConfig,
+    Trainer,
+    _save_whole,
+    build_optimizer,
+    kept_epochs,
+    learning_rate_factor,
+)
 
 SMALL = TrainConfig(
     epochs=4, batch=12, instances=3, lr=1e-3, lr_new=1e-3, warmup_epochs=0, log_every=1, device="cpu",
@@ -155,6 +162,71 @@ def test_history_has_every_loss_its_weight_its_gradient_norm_and_the_rate(blocks
     assert step["total"] == pytest.approx(weighted, rel=1e-5)
 
 
+def kept_by(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "epochs").glob("*"))}
+
+
+@pytest.mark.covers(31)
+def test_every_validated_epoch_is_kept_as_it_was_validated(blocks, tmp_path):
+    seen = {}
+    config = SMALL.replace(keep_epochs=True, validate_every=2, epochs=5)
+
+    def validate(method):
+        seen[one.step] = state(method)
+        return {"rank1": 0.1, "mAP": 0.1}
+
+    one = trainer(blocks, tmp_path, config, validate=validate)
+    one.run()
+    kept = kept_epochs(tmp_path, "f")
+    assert list(kept) == [2, 4, 5]
+    for path, expected in zip(kept.values(), seen.values(), strict=True):
+        assert same(load_file(path), expected)
+    assert kept_epochs(tmp_path, "another training") == {}
+    kept[4].write_bytes(kept[4].read_bytes()[:100])
+    assert list(kept_epochs(tmp_path, "f")) == [2, 5], "a damaged file is none"
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_training_killed_between_an_epoch_s_weights_and_its_state_keeps_the_same_files(
+    blocks, tmp_path, at, monkeypatch
+):
+    config = SMALL.replace(keep_epochs=True)
+    trainer(blocks, tmp_path / "whole", config).run()
+    save = Trainer._save
+
+    def killed(self, epoch):
+        if epoch == at:
+            raise Killed
+        save(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_save", killed)
+    with pytest.raises(Killed):
+        trainer(blocks, tmp_path / "parts", config).run()
+    assert len(kept_by(tmp_path / "parts")) == at + 1
+    monkeypatch.setattr(Trainer, "_save", save)
+    assert trainer(blocks, tmp_path / "parts", config).run().resumed_from == at
+    assert kept_by(tmp_path / "parts") == kept_by(tmp_path / "whole") and len(kept_by(tmp_path / "whole")) == 4
+
+
+def test_epochs_of_another_training_and_those_newer_than_the_state_are_removed(blocks, tmp_path):
+    config = SMALL.replace(epochs=2, keep_epochs=True)
+    trainer(blocks, tmp_path, config).run()
+    first = kept_by(tmp_path)
+    (tmp_path / "epochs" / "epoch-003.safetensors").write_bytes(first["epoch-002.safetensors"])
+    (tmp_path / "epochs" / "epoch-x.safetensors").write_bytes(b"mine")
+    trainer(blocks, tmp_path, config).run()
+    assert kept_by(tmp_path) == {**first, "epoch-x.safetensors": b"mine"}
+    # Of a training that was killed before its first state: this one continues at epoch 2 and must not take it over.
+    foreign = save(load_file(tmp_path / "epochs" / "epoch-001.safetensors"), metadata={"fingerprint": "g"})
+    (tmp_path / "epochs" / "epoch-001.safetensors").write_bytes(foreign)
+    trainer(blocks, tmp_path, config).run()
+    assert list(kept_by(tmp_path)) == ["epoch-002.safetensors", "epoch-x.safetensors"]
+    other = trainer(blocks, tmp_path, SMALL.replace(epochs=1))
+    other.fingerprint = "g"
+    other.run()
+    assert list(kept_by(tmp_path)) == ["epoch-x.safetensors"]
+
+
 def test_a_best_file_of_another_training_is_never_taken(blocks, tmp_path):
     values = iter([0.9, 0.1, 0.2])
     one = trainer(blocks, tmp_path, SMALL.replace(epochs=3), validate=lambda m: {"rank1": next(values), "mAP": 0.0})
@@ -246,7 +318,7 @@ def test_kill_9_at_any_moment_and_again_ends_with_the_same_weights(tmp_path):
         from test_training import SMALL, trainer, state
         from safetensors.torch import save_file
         torch.set_num_threads(1)
-        one = trainer(Path({str(folder)!r}), Path(sys.argv[1]), SMALL.replace(epochs=8))
+        one = trainer(Path({str(folder)!r}), Path(sys.argv[1]), SMALL.replace(epochs=8, keep_epochs=True))
         print("ready", flush=True)
         one.run()
         save_file(state(one.method), sys.argv[1] + "/end.safetensors")
@@ -269,6 +341,7 @@ def test_kill_9_at_any_moment_and_again_ends_with_the_same_weights(tmp_path):
     assert killed, "the child was always faster than the kill"
     assert start(tmp_path / "parts").wait() == 0
     assert same(load_file(tmp_path / "whole" / "end.safetensors"), load_file(tmp_path / "parts" / "end.safetensors"))
+    assert kept_by(tmp_path / "whole") == kept_by(tmp_path / "parts") and len(kept_by(tmp_path / "whole")) == 8
 
 
 def test_the_loaders_threads_do_not_change_the_weights(blocks, tmp_path):

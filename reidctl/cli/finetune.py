@@ -37,6 +37,7 @@ def command(
         f"{record['device']}",
         *_rates(record),
         f"best {name} {percent(value)} at epoch {record['best_epoch']} of {record['epochs']}",
+        *_kept(record),
     ]
     emit(record, run=run, as_json=json_, lines=lines)
 
@@ -44,3 +45,8 @@ def command(
 def _rates(record: dict[str, Any]) -> list[str]:
     loader, step = record["loader_images_per_second"], record["step_images_per_second"]
     return [] if loader is None else [f"the loader alone: {loader:,.0f} images/s; the step alone: {step:,.0f} images/s"]
+
+
+def _kept(record: dict[str, Any]) -> list[str]:
+    epochs = record.get("kept_epochs", [])
+    return [f"kept the weights of {len(epochs)} epochs, {record['kept_bytes'] / 1e6:,.0f} MB"] if epochs else []

@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from pydantic import Field
@@ -21,12 +23,13 @@ from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import Method, build_method, method_class, method_names, save_method
+from reidctl.metrics import QueryMetrics
 from reidctl.pixels import PixelStore
 from reidctl.retrieval.exact import evaluate_ranking
 from reidctl.runs import Run, fingerprint
 from reidctl.stages.noise import exchange_descriptions
 from reidctl.stages.sources import DataSettings, find_source
-from reidctl.training import Outcome, TrainConfig, Trainer, Validate
+from reidctl.training import Outcome, TrainConfig, Trainer, Validate, kept_epochs
 
 STAGE = "finetune"
 
@@ -123,7 +126,7 @@ def run(
         "method": {"name": name, **described.model_dump()},
         "backbone": towers.model_dump(),
         # What cannot change the weights does not make a training another one.
-        "train": training.model_dump(exclude={"device", "workers", "cache_mb", "log_every"}),
+        "train": _what_matters(training),
         "device": target.type,
         # Only where it is used: runs from before it existed stay up to date.
         **({"description_noise": handling.description_noise} if handling.description_noise else {}),
@@ -146,6 +149,8 @@ def run(
     seen = run.table(STAGE, "seen")
     train = corpus.of_split("train").images
     tables.write_table(seen, "seen", seen_table(train, source.person_digests(train)["digest"]))
+    # Kept epochs are no outputs: whoever deletes them to win space must not train again.
+    kept = kept_epochs(folder, fingerprint(resolved, inputs))
     outputs = [*save_method(model.cpu(), folder), history, seen]
     record = run.finish(
         STAGE,
@@ -164,6 +169,9 @@ def run(
             "best_epoch": outcome.best_epoch + 1,
             "epochs": training.epochs,
             "selected_on": training.select,
+            "select_metric": training.select_metric,
+            "kept_epochs": sorted(kept),
+            "kept_bytes": sum(path.stat().st_size for path in kept.values()),
             "images_per_second": round(outcome.images_per_second, 1),
             # The loader alone and the step alone: which of the two training waits for.
             "loader_images_per_second": _last(outcome.history, "loader_images_per_second"),
@@ -173,6 +181,12 @@ def run(
         },
     )
     return {**record, "status": "done"}
+
+
+def _what_matters(training: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a training leaves; `keep_epochs` only where it is used, as it is a later one."""
+    unused = set() if training.keep_epochs else {"keep_epochs"}
+    return training.model_dump(exclude={"device", "workers", "cache_mb", "log_every", *unused})
 
 
 def _train(
@@ -251,35 +265,52 @@ def _check_sampler(model: Method, sampler: str) -> None:
 
 
 def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Validate:
-    """Rank-1, mAP of text-to-image retrieval on a split; image-to-image when the split has no captions."""
+    """Rank-1, mAP of text-to-image retrieval on a split; image-to-image when the split has no captions.
+
+    `rank1` and `mAP` choose the epoch. Where both directions can be measured, `i2i.rank1` and `i2i.mAP` of the same
+    image vectors stand beside them, so that one task cannot quietly pay for the other.
+    """
     people = corpus.images["person_id"].to_numpy()
-    cameras = corpus.images["camera_id"].to_numpy()
     texts = [str(text) for text in corpus.captions["text"]]
     owners = people[corpus.captions["row"].to_numpy(int)] if texts else people
 
     def validate(method: Method) -> dict[str, float]:
         gallery = embed_gallery(method, corpus, device=device, store=store)
+        image = _image_to_image(corpus, gallery)
+        found = image
         if texts:
-            found = evaluate_ranking(
-                embed_queries(method, texts, device=device), gallery, query_person=owners, gallery_person=people
-            )
-        else:
-            query = (corpus.images["role"] == "query").to_numpy()
-            found = evaluate_ranking(
-                gallery[query],
-                gallery[~query],
-                query_person=people[query],
-                gallery_person=people[~query],
-                query_camera=cameras[query],
-                gallery_camera=cameras[~query],
-                exclude="same_camera",
-            )
-        if not found.queries.scored:
+            queries = embed_queries(method, texts, device=device)
+            found = evaluate_ranking(queries, gallery, query_person=owners, gallery_person=people, top=0).queries
+        if found is None or not found.scored:
             raise DataError(
                 "No query of the split that chooses the epoch has a match, so no epoch can be chosen.",
                 hint="It needs captions, or query and gallery roles with several cameras per person.",
             )
-        means = found.queries.means()
-        return {name: means[name] for name in ("rank1", "mAP")}
+        both = {"i2i.": image} if texts and image is not None and image.scored else {}
+        return {
+            f"{prefix}{name}": part.means()[name]
+            for prefix, part in ({"": found} | both).items()
+            for name in ("rank1", "mAP")
+        }
 
     return validate
+
+
+def _image_to_image(corpus: Corpus, vectors: npt.NDArray[np.float32]) -> QueryMetrics | None:
+    """Image-to-image metrics under other cameras, by role or, without roles, of every image; None if neither goes."""
+    people, cameras = corpus.images["person_id"].to_numpy(), corpus.images["camera_id"].to_numpy()
+    query, gallery = ((corpus.images["role"] == role).to_numpy() for role in ("query", "gallery"))
+    if corpus.images["role"].isna().all() and corpus.images["camera_id"].notna().all():
+        query = gallery = np.ones(len(people), bool)
+    if not query.any() or not gallery.any():
+        return None
+    return evaluate_ranking(
+        vectors[query],
+        vectors[gallery],
+        query_person=people[query],
+        gallery_person=people[gallery],
+        query_camera=cameras[query],
+        gallery_camera=cameras[gallery],
+        exclude="same_camera",
+        top=0,
+    ).queries

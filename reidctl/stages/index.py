@@ -77,8 +77,20 @@ def run(
     method = load_method(run.stage_dir("finetune"), target)
     with progress("index", len(corpus.images)) as advance:
         vectors = embed_gallery(method, corpus, device=target, batch=batch, advance=advance)
+    preprocessing = {
+        "image_size": list(method.backbone.image_size),
+        "mean": list(method.backbone.mean),
+        "std": list(method.backbone.std),
+    }
     path = run.table(STAGE, "embeddings")
-    tables.write_table(path, "embeddings", embedding_rows(corpus.images, vectors))
+    tables.write_table(
+        path,
+        "embeddings",
+        label_rows(corpus.images),
+        matrices={"embedding": vectors},
+        # The table says what it is even when it is copied out of the run.
+        facts={"model": weights, "split": "own" if images is not None else split, "preprocessing": preprocessing},
+    )
     seconds = (datetime.now(UTC) - started).total_seconds()
     record = run.finish(
         STAGE,
@@ -97,18 +109,14 @@ def run(
             "own_images": images is not None,
             "split": split,
             "model_sha256": weights,
-            "preprocessing": {
-                "image_size": list(method.backbone.image_size),
-                "mean": list(method.backbone.mean),
-                "std": list(method.backbone.std),
-            },
+            "preprocessing": preprocessing,
         },
     )
     return {**record, "status": "done"}
 
 
-def embedding_rows(images: pd.DataFrame, vectors: Any) -> pd.DataFrame:
-    """Return rows of the `embeddings` table for images (N rows) and their unit vectors (N, D)."""
+def label_rows(images: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of the `embeddings` table for images (N rows), without the vectors."""
     return pd.DataFrame(
         {
             "item_id": images["image_id"],
@@ -119,7 +127,6 @@ def embedding_rows(images: pd.DataFrame, vectors: Any) -> pd.DataFrame:
             "split": images["split"],
             "person_id": images["person_id"],
             "camera_id": images["camera_id"],
-            "embedding": tables.vectors(vectors),
         }
     )
 

@@ -200,8 +200,8 @@ class _Writer:
         rankings = rankings[~rankings["query_id"].isin(unmatched)]
         texts = self._sentences()
         groups = []
-        for title, textual in (("Text queries", True), ("Image queries", False)):
-            part = rankings[rankings["query_id"].isin(set(texts)) == textual]
+        for title, direction in (("Text queries", "t2i"), ("Image queries", "i2i")):
+            part = rankings[rankings["direction"] == direction]
             if not len(part):
                 continue
             chosen, rule = content.pick_queries(part, shown=QUERIES, seed=self.seed)

@@ -50,9 +50,11 @@ def run(
         raise UsageError("The sentence is empty.")
     started = time.monotonic()
     record = run.require("index")
-    if record["model_sha256"] != model_digest(run):
+    path, model = run.table("index", "embeddings"), model_digest(run)
+    # The record speaks of the stage, the footer of the table itself; older tables have no `model`.
+    if {record["model_sha256"], tables.footer(path).get("model", model)} != {model}:
         raise DataError("The index was made by another model than the run's.", hint="Run `reidctl index` again.")
-    stored = read_embeddings(run.table("index", "embeddings"))
+    stored = read_embeddings(path)
     names, people = stored.rows["item_id"], stored.rows["person_id"]
     target = resolve_device(device)
     method = load_method(run.stage_dir("finetune"), target)

@@ -168,10 +168,15 @@ def _evaluate(run: Run, dataset: str) -> None:
         if rng.random() < 0.5:
             order.sort(key=lambda name: person[name] != owner)
         first = next(place for place, name in enumerate(order, start=1) if person[name] == owner)
-        common = {"query_id": query, "condition": "standard"}
+        direction = "t2i" if query.endswith("-c") else "i2i"
+        common = {"direction": direction, "dataset": dataset, "query_id": query, "condition": "standard"}
+        hits = {f"rank{k}": float(first <= k) for k in (1, 5, 10, 20)}
         queries.append(
-            {**common, "person_id": owner, "matches": 3, "first_match": first, "average_precision": 0.5, "inp": 0.3}
-        )
+            {
+                **common, "person_id": owner, "matches": 3, "gallery": len(order), "first_match": first,
+                "average_precision": 0.5, "inp": 0.3, **hits,
+            }
+        )  # fmt: skip
         rankings += [
             {**common, "rank": place, "gallery_id": name, "score": 0.9 - 0.03 * place, "match": person[name] == owner}
             for place, name in enumerate(order[:12], start=1)
