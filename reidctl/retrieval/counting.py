@@ -10,6 +10,7 @@ import torch
 from reidctl.retrieval.products import Block, places
 
 _CHUNK = 1 << 20  # candidates handled at a time
+_GROUP = 16  # items whose highest score stands for them where a first bound is looked for
 _ROW = 4.0  # scores of one query lie within (-2, 2): adding 4 times the row keeps rows apart in one sorted list
 _BEYOND = 1.75  # stands for "no level": above every score
 
@@ -153,12 +154,22 @@ def take_in(block: Block, levels: Levels, best: Best, *, skipped: int) -> None:
     floor = best.floor() - slack
     if block.start == 0 and best.top:
         # Nothing is known yet: whatever is clearly below the block's own best cannot be among them.
-        last = torch.topk(block.scores, min(best.top, block.scores.shape[1]), dim=1).values[:, -1]
-        floor = torch.maximum(floor, last.double() - 2 * slack)
+        floor = torch.maximum(floor, _reached(block.scores, best.top).double() - 2 * slack)
     # Rounding the bound to float32 moves it by less than the slack's reserve.
     bound = torch.minimum(levels.floor(skipped), floor).float()
     for flat in torch.split(places(block.scores >= bound[:, None]), _CHUNK):
         _look(flat, block, levels, best, floor)
+
+
+def _reached(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a score that at least `count` items of each row reach, or all if there are fewer, shape (q,).
+
+    The highest scores of 16 items at a time are searched instead of all: ten times faster, and hardly lower.
+    """
+    groups = scores.shape[1] // _GROUP
+    if groups >= 3 * count:
+        scores = scores[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amax(dim=1)
+    return torch.topk(scores, min(count, scores.shape[1]), dim=1).values[:, -1]
 
 
 def _look(flat: torch.Tensor, block: Block, levels: Levels, best: Best, floor: torch.Tensor) -> None:
@@ -170,7 +181,8 @@ def _look(flat: torch.Tensor, block: Block, levels: Levels, best: Best, floor: t
     levels.tally.add(row, above)
     good = score >= floor[row]
     asked = places(doubtful | good)
-    row, column, above, good = row[asked], column[asked], above[asked], good[asked]
+    row, column, above, doubtful, good = (values[asked] for values in (row, column, above, doubtful, good))
     exact = block.exact(row, column)
-    levels.tally.correct(row, above, *levels.place_exactly(row, exact))
+    unsure = places(doubtful)
+    levels.tally.correct(row[unsure], above[unsure], *levels.place_exactly(row[unsure], exact[unsure]))
     best.add(row[good], column[good] + block.start, exact[good])

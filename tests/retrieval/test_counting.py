@@ -6,7 +6,7 @@ import torch
 
 from reidctl.metrics import chance
 from reidctl.retrieval import exact, products
-from reidctl.retrieval.counting import Best, Levels
+from reidctl.retrieval.counting import Best, Levels, _reached
 from reidctl.retrieval.crowd import crowded_levels
 from reidctl.retrieval.exact import evaluate_ranking, search
 from reidctl.retrieval.products import Block, Gallery, full_precision, lattice, places
@@ -207,3 +207,12 @@ def test_levels_are_called_crowded_where_most_scores_lie_above_them():
     high = Levels(torch.tensor([[0.998, 0.999, 0.9999]] * 4, dtype=torch.float64), 1e-5)
     assert crowded_levels(scores, low) == 2
     assert crowded_levels(scores, high) == 0
+
+
+@pytest.mark.parametrize(("items", "count"), [(1, 1), (5, 9), (30, 30), (800, 50), (801, 50), (4096, 50), (2400, 50), (290, 6)])
+def test_the_first_bound_is_reached_by_enough_items(items, count):
+    scores = torch.randn(7, items, generator=torch.Generator().manual_seed(items))
+    reached = _reached(scores, count)
+    assert ((scores >= reached[:, None]).sum(1) >= min(items, count)).all()
+    if items >= 48 * count:  # and by few more: else everything would be computed exactly
+        assert ((scores >= reached[:, None]).sum(1) < 2 * count).all()
