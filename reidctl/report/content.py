@@ -9,7 +9,7 @@ import pandas as pd
 
 from reidctl.report.figures import METRIC_NAMES, condition_name, conditions, named_rows
 
-DIRECTIONS = {"t2i": "Text to image", "i2i": "Image to image"}
+DIRECTIONS = {"t2i": "Text to image", "i2i": "Image to image", "it2i": "Image and text to image"}
 
 CONDITION_TEXTS = {
     "chance": "The expected score of a random order, computed exactly.",

@@ -25,7 +25,15 @@ INK, GRID, PAPER = "#222222", "#d9d9d9", "#fefefe"
 _LINES = ("-", "--", "-.", ":")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-METRIC_NAMES = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "mAP": "mAP", "mINP": "mINP"}
+METRIC_NAMES = {
+    "rank1": "rank-1",
+    "rank5": "rank-5",
+    "rank10": "rank-10",
+    "rank20": "rank-20",
+    "mAP": "mAP",
+    "mINP": "mINP",
+}
+_CURVE_NAMES = {**METRIC_NAMES, "i2i.rank1": "rank-1, image to image", "i2i.mAP": "mAP, image to image"}
 CONDITION_NAMES = {
     "standard": "this model",
     "oracle": "attribute oracle",
@@ -51,6 +59,9 @@ def conditions(found: Sequence[str]) -> list[str]:
 
 def condition_name(condition: str) -> str:
     """Return a condition as people read it."""
+    before, again, parameters = condition.partition("rerank-")
+    if again:
+        return f"{condition_name(before.removesuffix('+') or 'standard')}, re-ranked {parameters}"
     return CONDITION_NAMES.get(condition, condition)
 
 
@@ -156,7 +167,7 @@ def validation_curve(history: pd.DataFrame, stem: Path, *, best_epoch: int | Non
     groups = list(rows.groupby(["split", "name"], observed=True))
     for number, ((split, name), group) in enumerate(groups):
         group = group.sort_values("epoch")
-        label = f"{METRIC_NAMES.get(str(name), str(name))} ({split})"
+        label = f"{_CURVE_NAMES.get(str(name), str(name))} ({split})"
         _line(axes, group["epoch"] + 1, group["value"], label, number)
     if best_epoch is not None:
         axes.axvline(best_epoch, color=INK, linewidth=1, linestyle=":", label="chosen epoch")

@@ -33,6 +33,17 @@ def model_digest(run: Run) -> str:
     return str(outputs["finetune/model.safetensors"]["sha256"])
 
 
+def training_digest(run: Run) -> str:
+    """Return what identifies the training behind the model: other people, rules of selection, ... give another one.
+
+    Two trainings can end with the same weights, yet what may be measured with them, and what must be said, differs.
+
+    Raises:
+        DataError: nothing was trained in this run.
+    """
+    return str(run.require("finetune")["fingerprint"])
+
+
 def run(
     run: Run,
     *,
