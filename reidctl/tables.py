@@ -412,18 +412,46 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 
 
 def _cast(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    for field in schema:
-        column = table.column(field.name)
-        if not field.nullable and column.null_count:
-            row = pc.index(column.is_null(), True).as_py()
-            raise DataError(
-                f"{where}: column {field.name} has empty values where none is allowed: {column.null_count}, the first "
-                f"in row {row}."
-            )
+    """The columns of `schema` in its types, whatever other tools wrote them as."""
+    columns = [_fitting(table.column(field.name), field, f"{where}: column {field.name}") for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _fitting(column: pa.ChunkedArray, field: pa.Field, where: str) -> pa.ChunkedArray:
     try:
-        return table.replace_schema_metadata(None).cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise DataError(f"{where}: a column has the wrong type: {_first_line(error)}.") from None
+        fitting = (_texts(column) if field.type in (TEXT, ENUM) else column).cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, TypeError) as error:
+        wanted = "text" if field.type in (TEXT, ENUM) else field.type
+        raise DataError(f"{where} is {column.type}, not {wanted}: {_first_line(error)}.") from None
+    if not field.nullable and fitting.null_count:
+        row = pc.index(fitting.is_null(), True).as_py()
+        raise DataError(
+            f"{where} has empty values where none is allowed: {fitting.null_count}, the first in row {row}."
+        )
+    return fitting
+
+
+def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of texts as it is, one of numbers as texts: pandas keeps ids as int64, and as double beside a NaN."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_integer(kind):
+        return column.cast(kind).cast(TEXT)
+    if pa.types.is_floating(kind):
+        numbers, place = np.unique(column.cast(kind).to_numpy().astype(np.float64), return_inverse=True)
+        names = pa.array([_number_text(number) for number in numbers.tolist()], TEXT)
+        return pa.chunked_array([names.take(pa.array(place))])
+    is_ = pa.types  # bytes are texts of tools that do not say so
+    texts = (is_.is_string, is_.is_large_string, is_.is_string_view, is_.is_binary, is_.is_large_binary, is_.is_null)
+    if not any(test(kind) for test in texts):
+        raise TypeError("its values are neither texts nor numbers")
+    return column.cast(TEXT) if kind != TEXT else column
+
+
+def _number_text(number: float) -> str | None:
+    """A whole number without its point; None for NaN, which stands for an absent value."""
+    if np.isnan(number):
+        return None
+    return str(int(number)) if np.isfinite(number) and number == round(number) else repr(number)
 
 
 @contextmanager
@@ -440,7 +468,10 @@ def _readable(path: Path, name: str) -> Iterator[None]:
 def _check_columns(path: Path, name: str, wanted: Sequence[str], found: pa.Schema) -> None:
     missing = [column for column in wanted if column not in found.names]
     if missing:
-        raise DataError(f"Table {path} ({name}) lacks the column(s) {', '.join(missing)}.")
+        needed = ", ".join(field.name for field in SCHEMAS[name] if not field.nullable)
+        raise DataError(
+            f"Table {path} ({name}) lacks the column(s) {', '.join(missing)}.", hint=f"It must have {needed}."
+        )
 
 
 def _footer(path: Path, found: pa.Schema) -> dict[str, Any]:

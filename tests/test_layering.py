@@ -19,7 +19,7 @@ GROUPS = [
     {"backbones", "layers", "retrieval", "runs", "datasets", "device", "sampling"},
     {"pixels"},
     {"losses", "metrics", "tables", "config", "console", "batch", "masks", "loading", "augment", "sides"},
-    {"schemas"},
+    {"schemas", "naming"},
     {"errors"},
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}

@@ -259,3 +259,65 @@ def test_lengths_of_rows_do_not_depend_on_the_block(monkeypatch):
     np.testing.assert_allclose(whole, np.arange(1, 51), rtol=1e-6)
     monkeypatch.setattr(tables, "_NUMBERS", 1)
     assert tables.norms_of(values).tobytes() == whole.tobytes()
+
+
+def foreign_labels(tmp_path, **changes):
+    """As pandas writes them: no footer of ours, column types of its choice."""
+    path = tmp_path / "e.parquet"
+    labels(3).assign(embedding=[[1.0, 0.0]] * 3, **changes).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ([3, 0, -1], ["3", "0", "-1"]),
+        ([3.0, np.nan, 2.0**53], ["3", None, str(2**53)]),
+        ([3.0, None, 1.5], ["3", None, "1.5"]),
+        (pd.array([3, None, 12], "Int64"), ["3", None, "12"]),
+        (pd.Categorical([3, None, 3]), ["3", None, "3"]),
+        (np.array([3, 0, 255], np.uint8), ["3", "0", "255"]),
+        (np.array([3, np.nan, 2], np.float16), ["3", None, "2"]),
+        ([None, None, None], [None] * 3),
+        (["c1", None, "c2"], ["c1", None, "c2"]),
+        (pd.Categorical(["c1", None, "c2"]), ["c1", None, "c2"]),
+    ],
+)
+@pytest.mark.parametrize("read", [tables.read_labels, tables.read_table])
+def test_numbers_of_other_tools_are_read_as_texts_and_nan_as_nothing(tmp_path, column, expected, read):
+    path = foreign_labels(tmp_path, camera_id=column)
+    found = read(path, "embeddings")["camera_id"]
+    assert [None if pd.isna(value) else value for value in found] == expected
+
+
+def test_ids_people_and_outfits_may_be_numbers_too(tmp_path):
+    path = foreign_labels(tmp_path, item_id=[7, 8, 9], person_id=[1.0, 2.0, -1.0], outfit_id=[1.0, np.nan, 2.0])
+    found = tables.read_labels(path, "embeddings", extra=["outfit_id"])
+    assert found["item_id"].tolist() == ["7", "8", "9"]
+    assert found["person_id"].tolist() == ["1", "2", "-1"]
+    assert found["outfit_id"].tolist()[::2] == ["1", "2"] and pd.isna(found["outfit_id"][1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"camera_id": [True, False, True]}, r"column camera_id is bool, not text: its values are neither"),
+        ({"camera_id": pd.to_datetime(["2020", "2021", "2022"])}, r"column camera_id is timestamp.*, not text"),
+        ({"camera_id": [["a"], ["b"], ["c"]]}, r"column camera_id is list.*, not text"),
+        ({"person_id": [1.0, np.nan, 2.0]}, "column person_id has empty values where none is allowed: 1, .* row 1"),
+    ],
+)
+def test_a_column_of_another_type_is_named_with_its_type(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        tables.read_labels(foreign_labels(tmp_path, **changes), "embeddings")
+
+
+def test_a_number_column_of_another_type_is_named_with_both_types(tmp_path):
+    path = tmp_path / "t.parquet"
+    tables.write_table(path, "images", images(2))
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("width")
+    for wide, message in ((["wide", "w"], "is string, not int32"), ([1.5, 2], "is double, not int32")):
+        pq.write_table(table.set_column(place, "width", pa.array(wide)), path)
+        with pytest.raises(DataError, match=f"t.parquet: column width {message}"):
+            tables.read_table(path, "images")

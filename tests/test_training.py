@@ -356,7 +356,7 @@ def test_the_loaders_threads_do_not_change_the_weights(blocks, tmp_path):
 def test_a_training_that_waits_for_images_says_so_once(blocks, tmp_path, caplog, monkeypatch):
     one = trainer(blocks, tmp_path, SMALL.replace(epochs=2))
     load = one.samples.__class__.__getitem__
-    slow = lambda self, key: (time.sleep(0.02), load(self, key))[1]  # noqa: E731
+    slow = lambda self, key: (time.sleep(0.1), load(self, key))[1]  # noqa: E731
     monkeypatch.setattr(one.samples.__class__, "__getitem__", slow)
     with caplog.at_level("WARNING", "reidctl"):
         one.run()

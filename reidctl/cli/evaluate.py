@@ -13,8 +13,12 @@ from reidctl.errors import GateError, UsageError
 
 EPILOG = "Example:  reidctl evaluate --run runs/demo --min rank1=0.05"
 
+_SETTINGS = (
+    "identity-only, clothes-conflict, word-dropout, typos, truncation, paraphrase, blur, low-resolution, occlusion, "
+    "illumination, blank"
+)
 FORMATS = ("text", "markdown", "latex")
-_MEASUREMENT = re.compile(r"(?:(t2i|i2i|it2i)\.)?((?:[a-z0-9-]+/)?(?:rank[1-9]\d*|mAP|mINP|rSum))=(.+)")
+_MEASUREMENT = re.compile(r"(?:(t2i|i2i|it2i)\.)?((?:[a-z0-9:-]+/)?(?:rank[1-9]\d*|mAP|mINP|rSum))=(.+)")
 _INTERNAL = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format", "version", "git_commit")
 
 Runs = list[Path] | None
@@ -29,39 +33,56 @@ def command(
     ] = "caption",
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="t2i, i2i, it2i (image+text), single-shot (repeatable). Default: t2i and i2i."),
+        typer.Option(
+            metavar="NAME", help="t2i, i2i, it2i (image+text), single-shot (repeatable). Default: t2i and i2i."
+        ),
     ] = None,
     weight: Annotated[float, typer.Option(help="The image's share in an image+text query.", min=0, max=1)] = 0.5,
     ranks: Annotated[str | None, typer.Option(help="The k of rank-k, e.g. 1,5,10,50. Default: 1,5,10,20.")] = None,
     rerank: Annotated[
         list[str] | None,
-        typer.Option(help="Also k-reciprocal re-ranking k1/k2/lambda: 20/6/0.3 or 50/15/0.3 (repeatable)."),
+        typer.Option(
+            metavar="K1/K2/LAMBDA",
+            help="Also k-reciprocal re-ranking k1/k2/lambda: 20/6/0.3 or 50/15/0.3 (repeatable).",
+        ),
     ] = None,
     slices: Annotated[
         bool, typer.Option("--slices", help="Also by camera, view, occlusion, caption length, ...")
     ] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option(help="Also robustness: all, or a setting such as typos or clothes-conflict (repeatable)."),
+        typer.Option(metavar="NAME", help=f"Also robustness: all, or {_SETTINGS} (repeatable)."),
     ] = None,
-    level: Annotated[float | None, typer.Option(help="How much robustness settings spoil.", min=0, max=1)] = None,
-    control: Annotated[Path | None, typer.Option(help="A run to put beside this one in the settings.")] = None,
-    against: Annotated[Path | None, typer.Option(help="A run to test against, query by query.")] = None,
+    level: Annotated[
+        float | None, typer.Option(help="How much robustness settings spoil; default: each its own.", min=0, max=1)
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A run to put beside this one in the settings.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(metavar="RUN", help="A run to test against, query by query.")] = None,
     seeds: Annotated[
-        Runs, typer.Option(help="A run that differs in the seed alone (repeatable): mean and std.")
+        Runs, typer.Option(metavar="RUN", help="A run that differs in the seed alone (repeatable): mean and std.")
     ] = None,
     epochs: Annotated[bool, typer.Option(help="Also every kept epoch: selected on val beside best on test.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also published numbers beside these.")] = False,
     matrix: Annotated[
-        Runs, typer.Option(help="Only: these runs' models on each other's data (repeatable), written to --run.")
+        Runs,
+        typer.Option(
+            metavar="RUN", help="Only: these runs' models on each other's data (repeatable), written to --run."
+        ),
     ] = None,
     embeddings: Annotated[
-        Runs, typer.Option(help="Only: these tables (or .npz) of embeddings, of any program (repeatable).")
+        Runs,
+        typer.Option(metavar="FILE", help="Only: these tables (or .npz) of embeddings, of any program (repeatable)."),
     ] = None,
     normalise: Annotated[bool, typer.Option(help="Bring given embeddings to length 1.")] = False,
     minimum: Annotated[
         list[str] | None,
-        typer.Option("--min", help="Exit 5 below this, e.g. rank1=0.7, i2i.mAP=0.4, typos/rank1=0.3 (repeatable)."),
+        typer.Option(
+            "--min",
+            metavar="METRIC=FLOOR",
+            help="Exit 5 below this, e.g. rank1=0.7, i2i.mAP=0.4, typos/rank1=0.3 (repeatable).",
+        ),
     ] = None,
     format_: Annotated[str, typer.Option("--format", help="How tables are printed: text, markdown or latex.")] = "text",
     device: o.Device = None,
@@ -102,15 +123,17 @@ def command(
         )
     else:
         measure: Record = {"measure": protocol or ("t2i", "i2i"), "weight": weight, "rerank": rerank or ()}
-        record = _own(here, {**asked, **where, **measure, "cutoffs": cutoffs})
-    drawn, also = shown.evaluated(record), []
+        # An analysis needs the evaluation that is there, whatever was measured besides the standard rows.
+        reuse = any([slices, *analyses.values()]) and not (protocol or rerank or cutoffs)
+        record = _own(here, {**asked, **where, **measure, "cutoffs": cutoffs, "reuse": reuse})
+    drawn, also = shown.evaluated(record, short=format_ == "text"), []
     if slices:
         drawn += shown.sliced(record, _slices(here))
     if setting:
         also.append(_robustness(here, control, {**asked, **where, "settings": setting, "level": level}))
         drawn += shown.robustness(also[-1])
     if epochs:
-        also.append(_epochs(here, asked))
+        also.append(_epochs(here, {**asked, **where}))
         drawn += shown.epochs(also[-1])
     if seeds:
         also.append(_seeds(here, seeds, force))
@@ -185,7 +208,7 @@ def _published(run: Any, record: Record) -> list[Any]:
     return [
         comparison.compare(facts, dataset=facts["dataset"], direction=facts["direction"], context=context)
         for facts in record["tables"].values()
-        if facts["direction"] in ("t2i", "i2i")
+        if facts["direction"] in ("t2i", "i2i") and not facts["about"]
     ]
 
 
@@ -253,7 +276,7 @@ def _gate(text: str) -> tuple[str, str, float]:
     if found is None or not 0 <= floor <= (3 if found[2].endswith("rSum") else 1):
         raise UsageError(
             f"`--min {text}` is not METRIC=FRACTION.",
-            hint="E.g. rank1=0.7, i2i.mAP=0.4, rSum=2.1 or, with --setting, typos/rank1=0.3.",
+            hint="As tables write it, in fractions: rank1=0.7, i2i.mAP=0.4, rSum=2.1; with --setting typos/rank1=0.3.",
         )
     return found[1] or "t2i", found[2], floor
 
@@ -261,11 +284,20 @@ def _gate(text: str) -> tuple[str, str, float]:
 def _check(
     gates: Sequence[tuple[str, str, float]], metrics: Mapping[str, Any], also: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    for direction, metric, floor in gates:
-        held = also.get("robustness", {}) if "/" in metric else metrics
-        if metric not in held.get(direction, {}):
-            raise GateError(f"There is no {direction} result to compare with {metric}={floor}.")
-        value = held[direction][metric]
-        # NaN is not above any floor.
-        if not value >= floor:
-            raise GateError(f"{direction} {metric} is {value:.4f}, below the floor of {floor}.")
+    """Compare every floor with its value, and name all that are missed.
+
+    Raises:
+        GateError: a value is below its floor, or was not measured.
+    """
+    missed, unknown = [], []
+    for direction, name, floor in gates:
+        metric = name.removeprefix("standard/")
+        held = (also.get("robustness", {}) if "/" in metric else metrics).get(direction, {})
+        if metric not in held:
+            unknown.append(f"{direction} {name} was not measured")
+        elif not held[metric] >= floor:  # NaN is not above any floor
+            missed.append(f"{direction} {name} is {held[metric]:.4f}, below the floor of {floor}")
+    if missed or unknown:
+        measured = "; ".join(f"{direction}: {', '.join(held)}" for direction, held in metrics.items())
+        hint = f"Measured are {measured}. See --ranks, --protocol and --setting." if unknown else ""
+        raise GateError("; ".join([*missed, *unknown]) + ".", hint=hint)

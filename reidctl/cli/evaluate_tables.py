@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reidctl.evaluation.comparison import Comparison
-from reidctl.evaluation.render import DIRECTIONS, caption, interval, label, percent
+from reidctl.evaluation.render import caption, interval, percent
+from reidctl.naming import DIRECTIONS, label
 
 Table = dict[str, Any]
 
@@ -12,15 +13,21 @@ METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP", "rSum")
 _BARE = ("rank20", "rSum")  # shown without an interval: a terminal is only so wide
 
 
-def evaluated(record: Mapping[str, Any]) -> list[Table]:
-    """Return one table per direction and dataset: the model's rows, then what they must be compared with."""
+def evaluated(record: Mapping[str, Any], *, short: bool = True) -> list[Table]:
+    """Return one table per direction and dataset: the model's rows, then what they must be compared with.
+
+    Args:
+        record: of `evaluate`.
+        short: leave the intervals of rank-20 and rSum out, for a terminal.
+    """
     found = []
     for facts in record["tables"].values():
+        names = [*METRICS[:4], *_more_ranks(facts["rows"]), *METRICS[4:]]
         rows = []
         for condition, values in facts["rows"].items():
-            cells = [_metric(name, values.get(name)) for name in METRICS]
+            cells = [_metric(name, values.get(name), short=short) for name in names]
             rows.append([label(condition), *cells])
-        found.append(_table(caption(facts, split=record["split"]), ["", *METRICS], rows))
+        found.append(_table(caption(facts, split=record["split"]), ["", *names], rows))
     return found
 
 
@@ -150,10 +157,16 @@ def _grouped(rows: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[tuple
     return [(key, [row for row in rows if tuple(row[name] for name in names) == key]) for key in keys]
 
 
-def _metric(name: str, value: Sequence[float | None] | None) -> str:
+def _metric(name: str, value: Sequence[float | None] | None, *, short: bool = True) -> str:
     if value is None:
         return "-"
-    return percent(value[0]) if name in _BARE else interval(*value)
+    return percent(value[0]) if short and name in _BARE else interval(*value)
+
+
+def _more_ranks(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The rank-k that were asked for besides the usual ones, by k."""
+    found = {name for values in rows.values() for name in values if name.startswith("rank")} - set(METRICS)
+    return sorted(found, key=lambda name: int(name.removeprefix("rank")))
 
 
 def _setting(row: Mapping[str, Any]) -> list[str]:

@@ -88,7 +88,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str = "
     console = Console(width=None if sys.stdout.isatty() else _UNLIMITED, file=sys.stdout, highlight=False)
     with console.capture() as held:
         console.print(drawn)
-    return [*([title] if title else []), *(line.rstrip() for line in held.get().rstrip("\n").split("\n"))]
+    return [*([printable(title)] if title else []), *(line.rstrip() for line in held.get().rstrip("\n").split("\n"))]
 
 
 def printable(text: str) -> str:

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reidctl.errors import DataError
+from reidctl.evaluation.origin import other_tables, rendered_datasets
 from reidctl.evaluation.published import Published, comparison, plain
-from reidctl.evaluation.render import BANNER, DIRECTIONS, TIES, interval, label
+from reidctl.evaluation.render import BANNER, TIES, interval
+from reidctl.naming import DIRECTIONS, label
 from reidctl.runs import Run
 
 METRICS = ("rank1", "rank5", "rank10", "mAP", "mINP")
 COLUMNS = ("", "source", "dataset", *METRICS, "backbone", "epoch chosen on", "notes")
 # Rows of an evaluation that are not the model's.
-_REFERENCES = frozenset({"histogram", "oracle-caption", "oracle", "shuffled", "chance"})
+_REFERENCES = frozenset({"histogram", "oracle-caption", "oracle", "shuffled", "chance", "single-shot-chance"})
 # What the papers start from; anything else may be better or worse than theirs.
 _WEIGHTS = {
     "clip:ViT-B-16/openai": "CLIP ViT-B/16 (OpenAI)",
@@ -60,6 +61,7 @@ class Context:
         data: where the images come from: `synthped`, the format they were imported from, `combine`, `degrade`; empty
             if unknown.
         rendered: whether the images are rendered people, under whatever dataset name.
+        rendered_datasets: those of several datasets whose people are rendered.
         folder: of the dataset.
         split: which people.
         query: what a text query is; `caption` is what papers use.
@@ -80,6 +82,7 @@ class Context:
 
     data: str = ""
     rendered: bool = False
+    rendered_datasets: tuple[str, ...] = ()
     folder: str = ""
     split: str = "test"
     query: str = "caption"
@@ -145,7 +148,7 @@ def compare(facts: Mapping[str, Any], *, dataset: str, direction: str, context: 
         context: see `context_of`.
     """
     where = DIRECTIONS.get(direction, direction)
-    if plain(dataset).startswith("synthped"):
+    if plain(dataset).startswith("synthped") or dataset in context.rendered_datasets:
         # One of several datasets that were combined.
         context = replace(context, rendered=True)
     shown = comparison(dataset=dataset, direction=direction)
@@ -178,8 +181,8 @@ def context_of(run: Run, record: Mapping[str, Any]) -> Context:
 
     Args:
         run: with the trained model.
-        record: of `evaluate`: `data`, `split` and `settings` are read. Of an evaluation of given embeddings `data` is
-            None, and the run's training, if it has one, did not make them.
+        record: of `evaluate`: `data`, `split`, `settings` and `inputs` are read. Of an evaluation of given embeddings
+            `data` is None, and the run's training, if it has one, did not make them.
 
     Raises:
         DataError: the run has no finished training.
@@ -194,12 +197,13 @@ def context_of(run: Run, record: Mapping[str, Any]) -> Context:
     spoilt = data.get("settings", {}).get("degrade", {}) if source == "degrade" else {}
     return Context(
         data=source,
-        rendered=source == "synthped" or _is_rendered(data.get("root")),
+        rendered=source == "synthped",
+        rendered_datasets=tuple(rendered_datasets(folder)),
         folder=str(folder),
         split=str(record["split"]),
         query=str(record["settings"].get("query", "caption")),
         degraded=f"{spoilt['kind']}, level {spoilt['level']:g}" if spoilt else "",
-        other_data=folder != learned,
+        other_data=bool(other_tables(record["inputs"], trained["inputs"])),
         combined=(Run(learned.parent).record(learned.name) or {}).get("source") == "combine",
         method=str(trained["method"]),
         recipe=_option(trained["command"], "--recipe") or _option(trained["command"], "--method"),
@@ -377,18 +381,6 @@ def _option(command: Sequence[str], name: str) -> str:
         if word.startswith(f"{name}="):
             return word.removeprefix(f"{name}=")
     return ""
-
-
-def _is_rendered(root: object) -> bool:
-    """Whether a dataset was made from one of `data synth` or from its layouts, which lie in the stage's folder."""
-    for folder in (Path(root), *Path(root).parents) if isinstance(root, str) else ():
-        try:
-            record = Run(folder.parent).record(folder.name)
-        except DataError:
-            continue  # a stage.json that is not ours says nothing
-        if record is not None and record.get("source") == "synthped":
-            return True
-    return False
 
 
 def _lists(value: Any) -> Any:

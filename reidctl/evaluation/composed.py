@@ -61,13 +61,9 @@ def composed(
         raise DataError(
             f"No query image of {dataset}, split {split}, has a caption of kind {kind}.", hint="Evaluate i2i or t2i."
         )
-    query = _rows(told, with_image)
+    query = told.select(with_image)
     vectors = _unit_sum(shown.query.vectors[place[with_image]], query, weight)
     return replace(shown, direction="it2i", query=replace(query, vectors=vectors))
-
-
-def _rows(side: Side, rows: npt.NDArray[np.int64]) -> Side:
-    return Side(**{name: values[rows] for name, values in vars(side).items()})
 
 
 def _unit_sum(image: npt.NDArray[np.float32], query: Side, weight: float) -> npt.NDArray[np.float32]:

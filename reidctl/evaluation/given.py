@@ -1,21 +1,11 @@
 """Embeddings that another program made: tables and NumPy archives as protocols, without a model and without images.
 
-Two kinds of files are read. A Parquet table `embeddings` (docs/evaluation.md), optionally with a column `outfit_id`. Or
-an archive that `numpy.savez` wrote, with one row of features per item:
-
-    gallery_features (G, D)  gallery_pids (G,)  [gallery_ids, gallery_camids, gallery_outfits]
-    query_features   (Q, D)  query_pids   (Q,)  [query_ids, query_camids, query_outfits]      images as queries
-    text_features    (T, D)  text_pids    (T,)  [text_ids]                                    sentences as queries
-    [dataset] [split] [model]                                                                 one text each
-
-Nothing is unpickled. A person of -1 is junk (Market-1501's convention): its items are dropped and counted; person 0
-are distractors, which stay. A negative or empty camera is an unknown one.
+Two kinds of files are read: Parquet tables `embeddings` (docs/evaluation.md), optionally with a column `outfit_id`, and
+NumPy archives (see `archive`). In both a person of -1 is junk (Market-1501's convention): its items are dropped and
+counted. Everybody else is a person, 0 too: Market-1501's distractors match nobody because no query is person 0.
 """
 
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,18 +16,14 @@ import pandas as pd
 
 from reidctl import tables
 from reidctl.errors import DataError
+from reidctl.evaluation.archive import archive_source
 from reidctl.evaluation.protocols import Protocol, Side
 from reidctl.retrieval import store
 from reidctl.retrieval.labels import Exclude
-from reidctl.retrieval.store import EmbeddingTable, Piece, Source
+from reidctl.retrieval.store import EmbeddingTable, Source
 
 Objects = npt.NDArray[np.object_]
 
-PREFIXES = {"text": ("query", "text"), "query": ("query", "image"), "gallery": ("gallery", "image")}
-_COLUMNS = {"ids": "item_id", "camids": "camera_id", "outfits": "outfit_id"}
-_FACTS = ("dataset", "split", "model")
-_BLOCK = 1 << 22
-_HOW = "Save plain arrays: numpy.savez(file, query_features=q, query_pids=p, gallery_features=g, gallery_pids=o)."
 _NORMALISE = (
     "Divide every vector by its own length (features / numpy.linalg.norm(features, axis=1, keepdims=True)), "
     "or ask for it with --normalise."
@@ -72,10 +58,12 @@ def read_given(files: Sequence[Path], *, normalise: bool = False) -> Given:
     """
     sources, models, notes = [], {}, []
     for path in files:
+        _check_kind(path)
         if path.suffix == ".npz":
-            source, model, said = _archive(path)
+            source, model = archive_source(path)
         else:
-            source, model, said = store.parquet_source(path, extra=("outfit_id",)), tables.footer(path).get("model"), []
+            source, model = store.parquet_source(path, extra=("outfit_id",)), tables.footer(path).get("model")
+        source, said = _without_junk(source)
         sources.append(source)
         models[str(path)] = None if model is None else str(model)
         notes += said
@@ -89,6 +77,18 @@ def read_given(files: Sequence[Path], *, normalise: bool = False) -> Given:
     if silent and len(silent) < len(models):
         notes.append(f"{', '.join(silent)} does not say which model made it; nothing could be compared.")
     return Given(table, models, tuple(notes))
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is neither a Parquet file nor an archive, before a library says so in its own words."""
+    how = "Give a Parquet table `embeddings` or a .npz archive; docs/evaluation.md, 'Given embeddings', shows both."
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a file of embeddings.", hint=how)
+    if path.suffix == ".npz" or not path.is_file():
+        return
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PAR1":
+            raise DataError(f"{path} is neither a Parquet table nor a .npz archive.", hint=how)
 
 
 def _unit_length(table: EmbeddingTable, sizes: Sequence[tuple[str, int]], normalise: bool) -> list[str]:
@@ -141,129 +141,16 @@ def _whose(source: Source) -> str:
     return f"{what.get(frozenset(roles), 'the items')} in {source.name}"
 
 
-def _archive(path: Path) -> tuple[Source, str | None, list[str]]:
-    if not path.is_file():
-        raise DataError(f"No archive of embeddings at {path}.")
-    with _legible(path), zipfile.ZipFile(path) as members, np.load(path, allow_pickle=False) as archive:
-        names = set(archive.files)
-        _check_names(path, names)
-        small = {name: archive[name] for name in archive.files if not name.endswith("_features")}
-        rows_of = {}
-        for name in sorted(names - set(small)):
-            with members.open(f"{name}.npy") as stream:
-                rows_of[name] = _array_header(path, name, stream)[0][0]
-    facts = {name: str(small[name]) for name in _FACTS if name in small and small[name].ndim == 0}
-    parts, kept = [], {}
-    for prefix in PREFIXES:
-        if f"{prefix}_features" in names:
-            frame, keep = _labels(path, prefix, rows_of[f"{prefix}_features"], small, facts)
-            parts.append(frame)
-            kept[f"{prefix}_features"] = keep
-    rows = pd.concat(parts, ignore_index=True)
-    junk = sum(int((~keep).sum()) for keep in kept.values())
-    notes = [f"{path}: {junk} item(s) with person -1 are junk and were dropped."] if junk else []
-    return Source(str(path), rows, _pieces(path, kept)), facts.get("model"), notes
-
-
-@contextmanager
-def _legible(path: Path) -> Iterator[None]:
-    """Turn what a damaged archive causes into an error that names it."""
-    try:
-        yield
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        what = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be read: {what}.", hint=_HOW) from None
-
-
-def _check_names(path: Path, names: set[str]) -> None:
-    known = {f"{prefix}_{kind}" for prefix in PREFIXES for kind in ("features", "pids", *_COLUMNS)} | {*_FACTS}
-    unknown = sorted(names - known)
-    if unknown:
-        raise DataError(
-            f"{path} holds the unknown array(s) {', '.join(unknown)}.", hint=f"Known: {', '.join(sorted(known))}."
-        )
-    prefixes = {name.split("_")[0] for name in names if "_" in name}
-    missing = [f"{prefix}_{kind}" for prefix in sorted(prefixes) for kind in ("features", "pids")]
-    missing = [name for name in missing if name not in names]
-    if missing or not prefixes:
-        raise DataError(f"{path} lacks the array(s) {', '.join(missing) or 'gallery_features, ...'}.", hint=_HOW)
-
-
-def _labels(
-    path: Path, prefix: str, count: int, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, str]
-) -> tuple[pd.DataFrame, npt.NDArray[np.bool_]]:
-    """The rows of one side without junk, and which of all rows they are."""
-    role, modality = PREFIXES[prefix]
-    dataset = facts.get("dataset", "given")
-    texts = {}
-    for kind in ("pids", *_COLUMNS):
-        values = arrays.get(f"{prefix}_{kind}")
-        if values is not None and values.shape != (count,):
-            raise DataError(
-                f"{path}: {prefix}_{kind} has shape {values.shape}, but {prefix}_features has {count} row(s).",
-                hint="One value per feature row.",
-            )
-        texts[kind] = _texts(values) if values is not None else None
-    people = texts.pop("pids")
-    assert people is not None
-    keep = np.asarray(people != "-1")
-    ids = np.array([f"{prefix}{row}" for row in range(count)], dtype=object)
-    cameras = texts["camids"]
-    if cameras is not None:
-        cameras = np.array([None if value == "" or value.startswith("-") else value for value in cameras], object)
-    frame = pd.DataFrame(
-        {
-            "item_id": texts["ids"] if texts["ids"] is not None else ids,
-            "role": role,
-            "modality": modality,
-            "condition": "standard",
-            "dataset": dataset,
-            "split": facts.get("split", "test"),
-            "person_id": np.array([f"{dataset}:{person}" if person else "" for person in people], object),
-            "camera_id": cameras,
-            "outfit_id": texts["outfits"],
-        }
-    )
-    return frame[keep].reset_index(drop=True), keep
-
-
-def _texts(values: npt.NDArray[Any]) -> Objects:
-    """Numbers as whole numbers where they are, texts as they are, NaN as an empty text."""
-    if values.dtype.kind == "f":
-        whole = np.isfinite(values) & (values == np.round(values))
-        found = [str(int(v)) if w else "" if np.isnan(v) else str(v) for v, w in zip(values, whole, strict=True)]
-        return np.array(found, dtype=object)
-    if values.dtype.kind == "S":
-        return np.array([value.decode("utf-8", "replace") for value in values.tolist()], dtype=object)
-    return np.array([str(value) for value in values.tolist()], dtype=object)
-
-
-def _array_header(path: Path, name: str, stream: Any) -> tuple[tuple[int, int], np.dtype[Any]]:
-    """Shape and type of a feature array, checked."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, kind = read(stream)
-    if len(shape) != 2 or kind.kind != "f":
-        raise DataError(f"{path}: {name} has shape {shape} and type {kind}.", hint="Features are floats, one row each.")
-    if fortran and min(shape) > 1:
-        raise DataError(f"{path}: {name} is stored column by column.", hint="Save numpy.ascontiguousarray(features).")
-    return (int(shape[0]), int(shape[1])), kind
-
-
-def _pieces(path: Path, kept: dict[str, npt.NDArray[np.bool_]]) -> Iterator[Piece]:
-    """The features of all sides, block by block, without a second copy of the whole."""
-    with _legible(path), zipfile.ZipFile(path) as archive:
-        for name, keep in kept.items():
-            with archive.open(f"{name}.npy") as stream:
-                (count, width), kind = _array_header(path, name, stream)
-                step = max(1, _BLOCK // max(1, width))
-                for start in range(0, count, step):
-                    size = min(step, count - start)
-                    raw = stream.read(size * width * kind.itemsize)
-                    if len(raw) != size * width * kind.itemsize:
-                        raise DataError(f"{path}: {name} is cut short.", hint="Save it again.")
-                    values = np.frombuffer(raw, kind).reshape(size, width)[keep[start : start + size]]
-                    yield np.full(len(values), width), np.asarray(values, np.float32).reshape(-1)
+def _without_junk(source: Source) -> tuple[Source, list[str]]:
+    """The source without the people `-1` and `<dataset>:-1`, and how many items that were."""
+    person, dataset = source.rows["person_id"], source.rows["dataset"]
+    junk = (person == "-1").to_numpy()
+    for name in dataset.unique():
+        junk = junk | ((dataset == name) & (person == f"{name}:-1")).to_numpy()
+    if not junk.any():
+        return source, []
+    note = f"{source.name}: {int(junk.sum()):,} item(s) with person -1 are junk and were dropped."
+    return store.without(source, junk), [note]
 
 
 def protocols_of(table: EmbeddingTable, *, split: str) -> tuple[list[Protocol], list[str]]:
@@ -284,6 +171,12 @@ def protocols_of(table: EmbeddingTable, *, split: str) -> tuple[list[Protocol], 
     if not asked.any() or not gallery.any():
         lacking = "role query" if not asked.any() else "role gallery and modality image"
         raise DataError(f"No rows with {lacking} in split {split}.", hint="Give both sides, in one file or in several.")
+    if not (asked & (rows["condition"] == "standard").to_numpy()).any():
+        others = ", ".join(sorted(set(rows["condition"][asked])))
+        raise DataError(
+            f"No query of split {split} has the condition standard (there are: {others}).",
+            hint="Call the plain vectors `standard`; other conditions are measured beside them.",
+        )
     found: list[Protocol] = []
     notes: list[str] = []
     for dataset in sorted(set(rows["dataset"][here])):

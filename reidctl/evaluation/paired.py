@@ -65,11 +65,13 @@ class Comparison:
         differences: one row per metric of each (direction, dataset, condition): the fields of `Difference`.
         paired: rows of the table `paired`, one per query; empty values where a query has no match.
         left_out: (direction, dataset, condition) that only one of the runs has.
+        differing: of each row of `differences`, the number of people whose queries differ in sum.
     """
 
     differences: pd.DataFrame
     paired: pd.DataFrame
     left_out: tuple[str, ...]
+    differing: tuple[int, ...]
 
 
 def compare(ours: pd.DataFrame, other: pd.DataFrame, *, seed: int = 0, resamples: int = 10_000) -> Comparison:
@@ -77,7 +79,8 @@ def compare(ours: pd.DataFrame, other: pd.DataFrame, *, seed: int = 0, resamples
 
     Equal numbers of gallery items and of matches are checked for each query; that the galleries hold the same images
     cannot be seen here (`stages.against` compares the digests of the data). Rank-k that neither run has, because the
-    gallery is smaller than k, is left out. The order of the rows does not matter.
+    gallery is smaller than k, is left out. The order of the rows does not matter. Text to image comes first, and of the
+    conditions the standard one.
 
     Args:
         ours: rows of the table `queries`.
@@ -90,10 +93,10 @@ def compare(ours: pd.DataFrame, other: pd.DataFrame, *, seed: int = 0, resamples
             galleries, or a scored query without a value.
     """
     here, there = _grouped(ours), _grouped(other)
-    common = sorted(set(here) & set(there))
+    common = sorted(set(here) & set(there), key=_place)
     if not common:
         raise DataError(f"The runs have no evaluation in common: {_names(here)} here, {_names(there)} there.")
-    differences, paired = [], []
+    differences, paired, differing = [], [], []
     for group in common:
         where, name = dict(zip(GROUP, group, strict=True)), " ".join(group)
         _check_same(here[group], there[group], name)
@@ -107,10 +110,12 @@ def compare(ours: pd.DataFrame, other: pd.DataFrame, *, seed: int = 0, resamples
         mine, its = ({metric: values[metric] for metric in metrics} for values in (mine, its))
         found = paired_differences(mine, its, person, seed=seed, resamples=resamples)
         differences += [{**where, "metric": metric, **vars(found[metric])} for metric in metrics]
+        total, _ = _totals([mine[metric] - its[metric] for metric in metrics], person)
+        differing += [int(count) for count in (np.abs(total) > _EQUAL).sum(axis=1)]
     if not differences:
         raise DataError("No query has a match, so there is nothing to compare.")
     left_out = tuple(" ".join(group) for group in sorted(set(here) ^ set(there)))
-    return Comparison(pd.DataFrame(differences), pd.concat(paired, ignore_index=True), left_out)
+    return Comparison(pd.DataFrame(differences), pd.concat(paired, ignore_index=True), left_out, tuple(differing))
 
 
 def paired_differences(
@@ -247,6 +252,13 @@ def _grouped(frame: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
             raise DataError(f"{' '.join(name)}: query `{twice.iloc[0]}` occurs more than once.")
         found[name] = rows.sort_values("query_id", kind="stable").reset_index(drop=True)
     return found
+
+
+def _place(group: tuple[str, ...]) -> tuple[int, str, bool, str]:
+    """Where a (direction, dataset, condition) stands in a table."""
+    direction, dataset, condition = group
+    known = ("t2i", "i2i", "it2i")
+    return known.index(direction) if direction in known else len(known), dataset, condition != "standard", condition
 
 
 def _names(groups: Iterable[tuple[str, ...]]) -> str:

@@ -7,8 +7,9 @@ would. English only.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from reidctl.errors import DataError, UsageError
 from reidctl.synthped import captions, cast
@@ -34,18 +35,100 @@ _COMMON = _FUNCTION_WORDS - {"i"} | _words(
     """man woman person male female boy girl lady gentleman guy someone pedestrian individual young old elderly tall
     short slim teenage middle-aged wearing carrying holding dressed walking standing seen subject no"""
 )
-# What may begin a clause that can stand elsewhere: not `who`, `is`, `and a bag`, which lean on what stands before them.
+# What may begin a clause that can stand elsewhere: not `who`, `is`, `and a bag`, which lean on what stands before them,
+# nor `with a logo`, which may belong to a garment.
 _CLAUSE = re.compile(
-    r",\s+(?:(?:and\s+)?(?=(?:wearing|carrying|holding|walking|standing|dressed|seen|viewed|with)\s)"
+    r",\s+(?:(?:and\s+)?(?=(?:wearing|carrying|holding|walking|standing|dressed|seen|viewed)\s"
+    r"|with\s[^,;]*\b(?:hair|beard|moustache|ponytail)\b)"
     r"|and\s+(?=(?:he|she|they|his hair|her hair|his shoes|her shoes)\s))",
     re.I,
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\S)")
+# What points back: after it has moved to the front there is nothing for it to point at.
+_BACK = re.compile(
+    r"\b(?:it|its|it['’]s|itself|they|them|their|theirs|one|ones|this|these|those|both|other|others|another|same|such"
+    r"|also|too|then|former|latter)\b"
+    r"|(?:^|\b(?:under|over|above|below|behind|beneath|beside|near|with|on|in|to|from|of|at|by|after|and)\s+)that\b"
+    r"|\bthat(?=\s*(?:[.,;:!?]|$))",
+    re.I,
+)
+_PEOPLE = re.compile(
+    r"\b(?:man|woman|men|women|person|people|boys?|girls?|lady|ladies|guys?|gentlem[ae]n|child|children|kids?|individuals?"
+    r"|male|female|someone|pedestrians?|friends?|couple|baby|toddler|teenagers?|subject)\b",
+    re.I,
+)
+# `, and a boy wearing a cap`: what follows belongs to something else than what began the sentence.
+_ANOTHER = re.compile(r",\s+and\s+(?:an?|the|another|one|two|three|some|other|others)\b", re.I)
+# A clause after which the sentence goes on is no clause at its end: `, wearing a coat, walks past`.
+_GOES_ON = re.compile(
+    r"(?<!who )(?<!which )(?<!that )\b(?:is|are|was|were|has|had|have|walks?|walked|stands?|stood|wears?|wore|carries"
+    r"|carried|holds?|held|looks|looked|sits?|sat|rides|rode|runs|ran|faces|faced|moves|moved|passes|passed|talks|talked"
+    r"|goes|went|comes|came|turns|turned|steps|stepped|leans|leaned|waits|waited|crosses|crossed|heads|uses|used|can"
+    r"|could|will|would|seems|seemed|appears|appeared|strolls|strolled|enters|leaves|pushes|pulls|does|did)\b"
+    r"|,\s+(?:\w+ly\s+)?\w+s\s+(?:past|by|through|along|down|up|to|towards?|away|across|into|off|an?|the|his|her)\b",
+    re.I,
+)
+_OF_ITS_OWN = re.compile(r"(?:he|she|they|his|her)\s", re.I)
+
+
+# Kept by `keywords` beside content: places and relations, alternatives, doubt, and whom somebody is with.
+_MEANING = _words(
+    "with from to of in on at by for as or but may might could would them me us you rather do does did can"
+)
+_DROPPED = _FUNCTION_WORDS - _MEANING
+_OF_GENDER = {
+    "he": (_words("he he's him his himself"), _words("man boy guy gentleman male men boys"), ("man", "boy")),
+    "she": (
+        _words("she she's her hers herself"),
+        _words("woman girl lady female women girls ladies"),
+        ("woman", "girl"),
+    ),
+}
+_SEVERAL = _words("men women boys girls ladies")
+_YOUNG = _words("child kid baby toddler teenager")
 
 
 def _keywords(text: str) -> str:
-    """Function words and punctuation left out, lower case; negations and `under`, `over`, `without` stay."""
-    return " ".join(word.lower() for word in _WORD.findall(text) if word.lower() not in _FUNCTION_WORDS)
+    """Articles, auxiliaries, `and` and punctuation left out, lower case; pronouns give way to whom they mean.
+
+    What would change the meaning stays: negations, prepositions, `or`, and the gender that only a pronoun tells.
+    """
+    hits = list(_WORD.finditer(text))
+    words = [hit[0].lower().replace("’", "'") for hit in hits]
+    # A word directly after another one, without punctuation between them; "" else.
+    spaced = [not text[one.end() : two.start()].strip() for one, two in pairwise(hits)]
+    after = [word if close else "" for word, close in zip(words[1:], spaced, strict=True)] + [""]
+    kept = [_keyword(words, place, after[place]) for place in range(len(words))]
+    return " ".join(word for word in kept if word)
+
+
+def _keyword(words: Sequence[str], place: int, after: str) -> str:
+    """What a word becomes among keywords; "" if it is left out."""
+    word = words[place]
+    for gender, (pronouns, _, _) in _OF_GENDER.items():
+        if word in pronouns:
+            return _whom(words, place, gender, after)
+    if word in ("it", "it's"):  # `it has` begins a sentence; in `holding it` something is held
+        return "" if word == "it's" or after in _words("is was has had") else word
+    return "" if word in _DROPPED else word
+
+
+def _whom(words: Sequence[str], place: int, gender: str, after: str) -> str:
+    """The noun that a pronoun stands for; a possessive is left out where another word tells the gender of all."""
+    word, (_, nouns, (adult, young)) = words[place], _OF_GENDER[gender]
+    owns = word in ("his", "hers", "himself", "herself") or (
+        word == "her" and after != "" and after not in _FUNCTION_WORDS and after not in _PLACES
+    )
+    if not owns:  # the first who was named is whom the text describes
+        named = [other for other in words[:place] if other in nouns - _SEVERAL]
+        return [*named, young if _YOUNG & set(words) else adult][0]
+    (other,) = (pair for name, pair in _OF_GENDER.items() if name != gender)
+    told = any(other_word in nouns or other_word == gender for other_word in words)
+    alone = not any(other_word in other[0] | other[1] for other_word in words)
+    return "" if told and alone else word
+
+
+_PLACES = _words("behind beside near over under above below before after along while next without around against")
 
 
 def _request(text: str) -> str:
@@ -53,20 +136,34 @@ def _request(text: str) -> str:
 
 
 def _reordered(text: str) -> str:
-    """Sentences in reverse order; of a single sentence its parts between semicolons, else its clauses."""
+    """Sentences in reverse order; of a single sentence its parts between semicolons, else its clauses.
+
+    A text whose later sentences point back (`it`, `one`, `this`), or whose clauses may belong to several people or
+    lie inside the sentence, stays as it is.
+    """
     sentences = _SENTENCE.split(text.strip())
     if len(sentences) > 1:
+        if any(_BACK.search(sentence) for sentence in sentences[1:]):
+            return text
         return " ".join(_capital(sentence) for sentence in reversed(sentences))
     body = text.strip().rstrip(".!?")
     mark = text.strip()[len(body) :]
     joint = "; "
     parts = [part.strip() for part in body.split(";") if part.strip()]
     if len(parts) < 2:
-        joint, parts = ", ", [part.strip() for part in _CLAUSE.split(body)]
-    if len(parts) < 2:
+        joint, parts = ", ", _clauses(body)
+    if len(parts) < 2 or any(_BACK.search(part) for part in parts[1:]):
         return text
     turned = [_lowered(part) for part in reversed(parts)]
     return (_capital(joint.join(turned)) if text[:1].isupper() else joint.join(turned)) + mark
+
+
+def _clauses(body: str) -> list[str]:
+    """The clauses of a sentence that can change places; the whole sentence where that might change what it says."""
+    parts = [part.strip() for part in _CLAUSE.split(body)]
+    people = len(_PEOPLE.findall(body))
+    inside = any(_GOES_ON.search(f", {part}") for part in parts[1:] if not _OF_ITS_OWN.match(part))
+    return [body] if people > 1 or inside or _ANOTHER.search(body) else parts
 
 
 def _plain_case(text: str) -> str:
@@ -103,8 +200,8 @@ _CLAUSE_WORDS = _words("is has with in who wearing walking standing carrying wea
 _PLAIN = _words(
     """man=guy men=guys woman=lady women=ladies lady=woman ladies=women gentleman=man gentlemen=men guy=man
     guys=men child=kid kid=child children=kids kids=children person=individual teenage=adolescent elderly=old
-    slender=slim overweight=heavyset stocky=thickset t-shirt=tee t-shirts=tees tee=t-shirt tees=t-shirts
-    sweater=pullover sweaters=pullovers pullover=sweater pullovers=sweaters jumper=sweater hoodie=hooded_sweatshirt
+    slender=slim overweight=heavyset stocky=thickset t-shirts=tees tees=t-shirts sweaters=pullovers pullovers=sweaters
+    hoodie=hooded_sweatshirt
     hooded_sweatshirt=hoodie trousers=pants pants=trousers slacks=trousers sneakers=trainers trainers=sneakers
     backpack=rucksack backpacks=rucksacks rucksack=backpack rucksacks=backpacks purse=handbag
     mobile_phone=cell_phone cell_phone=mobile_phone cellphone=mobile_phone spectacles=glasses
@@ -112,7 +209,13 @@ _PLAIN = _words(
     tank_top=sleeveless_top denim_jeans=jeans grey=gray gray=grey purple=violet violet=purple navy_blue=dark_blue
     checkered=checked plaid=tartan wears=is_wearing walks=is_walking carries=is_carrying"""
 )
+_DRESSES = _words("dress dresses vest vests skirt skirts")
 _GUARDED = {
+    "jumper": _Swap("sweater", not_before=_DRESSES),
+    "sweater": _Swap("pullover", not_before=_DRESSES),
+    "pullover": _Swap("sweater", not_before=_DRESSES),
+    "t-shirt": _Swap("tee", not_before=_DRESSES),
+    "tee": _Swap("t-shirt", not_before=_DRESSES),
     "individual": _Swap("person", only=_CLAUSE_WORDS),
     "slim": _Swap("slender", not_before=_words("fit fitting cut jeans trousers pants leggings")),
     "jeans": _Swap("denim trousers", not_after=_words("denim"), not_before=_words("jacket shirt shorts skirt")),
@@ -163,6 +266,8 @@ def _synonyms(text: str) -> str:
 
 
 def _fits(swap: _Swap, text: str, hit: re.Match[str]) -> bool:
+    if text[hit.end() : hit.end() + 1] == ":":  # a label, as in `Person: slim man`
+        return False
     before = re.search(r"([\w’'-]+)\s+$", text[: hit.start()])
     after = re.match(r"\s+([\w’'-]+)", text[hit.end() :])
     last, following = before[1].lower() if before else "", after[1].lower() if after else ""
@@ -192,7 +297,7 @@ class Style:
 
 
 STYLES: dict[str, Style] = {
-    "keywords": Style("function words and punctuation left out", _keywords),
+    "keywords": Style("articles, auxiliaries and punctuation left out", _keywords),
     "request": Style('"Find the person who fits this description: ..."', _request),
     "reordered": Style("sentences, or the clauses of a single one, in reverse order", _reordered),
     "synonyms": Style("other words for people, clothes and colours", _synonyms),

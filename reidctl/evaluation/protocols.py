@@ -41,6 +41,10 @@ class Side:
     def __len__(self) -> int:
         return len(self.item)
 
+    def select(self, rows: npt.NDArray[np.int64]) -> "Side":
+        """Return some of the items, in the order of `rows`."""
+        return Side(**{name: values[rows] for name, values in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -67,6 +71,7 @@ class Evaluation:
         rankings: likewise.
         left_out: default metrics that the gallery is too small for; neither in `summary` nor in `metrics`.
         unmatched: ids of the queries without a match, which were skipped, sorted.
+        rule: the protocol's `exclude`.
     """
 
     ranking: Ranking
@@ -76,6 +81,7 @@ class Evaluation:
     rankings: pd.DataFrame
     left_out: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    rule: str = "none"
 
 
 def text_to_image(
@@ -269,6 +275,7 @@ def evaluation_of(protocol: Protocol, ranking: Ranking, *, seed: int = 0, resamp
         _rankings_frame(protocol, ranking),
         left_out=tuple(name for name in found if name in beyond),
         unmatched=tuple(sorted(str(item) for item in unmatched)),
+        rule=protocol.exclude,
     )
 
 
@@ -287,8 +294,8 @@ def rank(
         gallery.vectors,
         query_person=query.person,
         gallery_person=gallery.person,
-        query_camera=_cameras(query),
-        gallery_camera=_cameras(gallery),
+        query_camera=cameras_of(query),
+        gallery_camera=cameras_of(gallery),
         query_outfit=query.outfit,
         gallery_outfit=gallery.outfit,
         # A query that contains an image is dropped from its own gallery, under whatever name it is asked.
@@ -302,8 +309,8 @@ def rank(
     )
 
 
-def _cameras(side: Side) -> Objects:
-    """The cameras, an unknown one being the image's own: it equals that of the same image and of no other."""
+def cameras_of(side: Side) -> Objects:
+    """Return the cameras, an unknown one being the image's own: it equals that of the same image and of no other."""
     return np.array(
         [f"\0{image}" if camera is None else camera for camera, image in zip(side.camera, side.image, strict=True)],
         dtype=object,

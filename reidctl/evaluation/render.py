@@ -11,24 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reidctl.metrics import METRICS
-
-LABELS = {
-    "standard": "model",
-    "cloth-changing": "model, cloth-changing",
-    "same-clothes": "model, same clothes",
-    "single-shot": "model, single-shot",
-    "single-shot-cloth-changing": "model, single-shot, cloth-changing",
-    "single-shot-same-clothes": "model, single-shot, same clothes",
-    "histogram": "colour histogram",
-    "oracle-caption": "oracle, attributes in the caption",
-    "oracle": "oracle, all attributes",
-    "shuffled": "label-shuffle control",
-    "chance": "chance",
-}
-"""What people read for a condition."""
-
-DIRECTIONS = {"t2i": "text to image", "i2i": "image to image, other cameras", "it2i": "image and text to image"}
-"""What people read for a direction."""
+from reidctl.naming import ABOUT, DIRECTIONS, RULES, label
 
 TIES = "ties at their expected value"
 """How items with equal scores are ranked, as every caption says."""
@@ -122,22 +105,17 @@ def caption(facts: Mapping[str, Any], *, split: str = "") -> str:
     """Return what an evaluation counted, as one line: dataset, direction, queries, gallery, people, skipped, rules."""
     where = DIRECTIONS.get(facts["direction"], str(facts["direction"])) + (f" ({split})" if split else "")
     people = f"{facts['people']:,} people, " if "people" in facts else ""
+    about = "".join(
+        f"; {text}" for text in (ABOUT.get(facts.get("about", "")), RULES.get(facts.get("rule", ""))) if text
+    )
     return (
         f"{facts['dataset']}, {where}: {_queries(facts['queries'])}, {facts['gallery']:,} images, {people}"
-        f"{_queries(facts['skipped'])} without a match skipped; {TIES}; percent, 95 % intervals over people"
+        f"{_queries(facts['skipped'])} without a match skipped{about}; {TIES}; percent, 95 % intervals over people"
     )
 
 
 def _queries(count: int) -> str:
     return f"{count:,} {'query' if count == 1 else 'queries'}"
-
-
-def label(condition: str) -> str:
-    """Return what people read for a condition; a name without a label stays itself."""
-    name, _, parameters = condition.partition("rerank-")
-    if parameters and name in ("", *(f"{known}+" for known in LABELS)):
-        return f"{label(name.removesuffix('+') or 'standard')}, re-ranked {parameters}"
-    return LABELS.get(condition, condition)
 
 
 def percent(value: float | None) -> str:

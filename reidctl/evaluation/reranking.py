@@ -9,8 +9,7 @@ neighbour search of the whole gallery per query; evaluate a protocol with one qu
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from reidctl.evaluation import protocols
-from reidctl.evaluation.protocols import Evaluation, Protocol, check_cutoffs, evaluation_of
+from reidctl.evaluation.protocols import Evaluation, Protocol, cameras_of, check_cutoffs, evaluation_of
 from reidctl.metrics import CUTOFFS
 from reidctl.retrieval.rerank import KReciprocal, Parameters
 from reidctl.retrieval.scores import rank_scores
@@ -78,8 +77,8 @@ def evaluate_reranked(
         gallery=len(gallery),
         query_person=query.person,
         gallery_person=gallery.person,
-        query_camera=protocols._cameras(query),
-        gallery_camera=protocols._cameras(gallery),
+        query_camera=cameras_of(query),
+        gallery_camera=cameras_of(gallery),
         query_outfit=query.outfit,
         gallery_outfit=gallery.outfit,
         query_id=query.image,  # as in `protocols.rank`

@@ -17,10 +17,11 @@ import pandas as pd
 from PIL import Image
 
 from reidctl.augment import Interpolation
+from reidctl.evaluation.exchange import conflicting_donors
 from reidctl.evaluation.paired import COLUMNS, Difference, intervals_over_people, paired_differences
 from reidctl.evaluation.paraphrase import STYLES, paraphrase
 from reidctl.evaluation.protocols import Protocol
-from reidctl.evaluation.settings import SETTINGS, conflicting_donors, degrade_image, degrade_texts, level_of
+from reidctl.evaluation.settings import SETTINGS, degrade_image, degrade_texts, level_of
 from reidctl.metrics import METRICS, Interval, bootstrap_interval, chance, mean
 from reidctl.pixels import PixelStore, read_pixels
 
@@ -321,17 +322,17 @@ def equality_note(case: Case, reference: Scores, scores: Scores, *, same_texts: 
     """
     if same_texts and case.reference == TEXTS:
         return (
-            f"The queries contain no clothing text, so {case.row} cannot change anything: "
+            "The queries contain no clothing text, so the setting cannot change anything: "
             "equal by construction, not robustness."
         )
     if same_texts or (case.level == 0 and case.texts is None):
-        return f"{case.row} left every query as it was: equal by construction, not robustness."
+        return "The setting left every query as it was: equal by construction, not robustness."
     if reference.vectors and reference.vectors == scores.vectors:
         return (
-            f"The model does not read what {case.row} changes (all vectors are equal): by construction, not robustness."
+            "The model does not read what the setting changes (all vectors are equal): by construction, not robustness."
         )
     if all(np.array_equal(values, scores.values[name], equal_nan=True) for name, values in reference.values.items()):
-        return f"{case.row} changed vectors, but the metrics of no query."
+        return "The setting changed vectors, but the metrics of no query."
     return ""
 
 

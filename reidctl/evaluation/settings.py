@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 
 from reidctl.datasets.degrade import degrade
 from reidctl.errors import DataError, UsageError
+from reidctl.evaluation.exchange import conflicting_donors
 
 Pixels = npt.NDArray[np.uint8]
 Kind = Literal["reference", "caption", "described", "image"]
@@ -65,7 +66,6 @@ TEXT_SETTINGS = ("standard", "identity-only", "clothes-conflict", "word-dropout"
 # Those that `data degrade` makes too: one implementation, `datasets/degrade.py`.
 _KINDS = {"word-dropout": "drop", "typos": "typo", "truncation": "shorten"}
 IMAGE_SETTINGS = tuple(setting.name for setting in SETTINGS.values() if setting.kind == "image")
-_ROUNDS = 50
 
 
 def resolve(names: Sequence[str]) -> tuple[str, ...]:
@@ -100,74 +100,6 @@ def stream(seed: int, *keys: str) -> np.random.Generator:
     """Return the random stream of one item: the same for the same seed and keys on every machine."""
     digest = hashlib.sha256("\x1f".join((str(seed), *keys)).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-
-
-def conflicting_donors(
-    clothing: Sequence[str],
-    people: Sequence[str],
-    *,
-    outfits: Sequence[str | None] | None = None,
-    ids: Sequence[str] | None = None,
-    seed: int = 0,
-) -> npt.NDArray[np.int64]:
-    """Return whose clothing text each query wears: a permutation in which nobody gets their own or an equal text.
-
-    For every i, people[donor[i]] != people[i] and clothing[donor[i]] != clothing[i], and where both outfits are known
-    outfits[donor[i]] != outfits[i]. The paper "shuffles" clothing descriptions; a plain shuffle can hand back the same
-    outfit, so we take a derangement: a random permutation whose misfits are swapped with random partners that fit.
-
-    Args:
-        clothing: clothing texts.
-        people: person ids.
-        outfits: outfit ids, None where unknown.
-        ids: query ids; with them the answer does not depend on the order of the queries.
-        seed: of the permutation.
-
-    Raises:
-        DataError: no such permutation was found, e.g. because most texts are equal.
-    """
-    count = len(people)
-    if not count:
-        return np.zeros(0, np.int64)
-    names = ids if ids is not None else [f"{row:012d}" for row in range(count)]
-    order = np.asarray(sorted(range(count), key=lambda row: (people[row], clothing[row], names[row])), np.int64)
-    labels = [_codes(values, order) for values in (people, clothing, outfits or [None] * count)]
-    rng = np.random.default_rng(seed)
-    donor = rng.permutation(count)
-    wrong = np.flatnonzero(_clash(labels, np.arange(count), donor))
-    for _ in range(_ROUNDS):
-        if not len(wrong):
-            found = np.empty(count, np.int64)
-            found[order] = order[donor]
-            return found
-        for row in wrong:
-            partners = np.flatnonzero(
-                ~_clash(labels, np.full(count, row), donor)
-                & ~_clash(labels, np.arange(count), np.full(count, donor[row]))
-            )
-            if len(partners):
-                other = partners[rng.integers(len(partners))]
-                donor[row], donor[other] = donor[other], donor[row]
-        before, wrong = len(wrong), np.flatnonzero(_clash(labels, np.arange(count), donor))
-        if len(wrong) == before:
-            break
-    raise DataError(f"{len(wrong)} of {count} clothing texts have nobody different to swap with.")
-
-
-def _codes(values: Sequence[str | None], order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Labels as numbers, in `order`; -1 for an unknown one."""
-    number = {value: place for place, value in enumerate(sorted({value for value in values if value is not None}))}
-    return np.asarray([-1 if values[row] is None else number[values[row]] for row in order], np.int64)
-
-
-def _clash(
-    labels: Sequence[npt.NDArray[np.int64]], mine: npt.NDArray[np.int64], other: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """Where two rows share a person, a text or a known outfit."""
-    found = np.zeros(len(mine), bool)
-    for code in labels:
-        found |= (code[mine] == code[other]) & (code[mine] >= 0)
-    return found
 
 
 def degrade_texts(

@@ -58,7 +58,7 @@ def single_shot(
         raise UsageError(f"{trials} trials cannot be averaged.", hint="The published number is 10.")
     draws = [_draw(protocol.gallery, np.random.default_rng((seed, trial))) for trial in range(trials)]
     name = "single-shot" if protocol.condition == "standard" else f"single-shot-{protocol.condition}"
-    parts = [replace(protocol, condition=name, gallery=_rows(protocol.gallery, rows)) for rows in draws]
+    parts = [replace(protocol, condition=name, gallery=protocol.gallery.select(rows)) for rows in draws]
     check_cutoffs(parts[0], cutoffs or ())
     rankings = [rank(part, top=top, cutoffs=cutoffs or CUTOFFS, device=device) for part in parts]
     joined = replace(rankings[0], queries=_mean([ranking.queries for ranking in rankings]))
@@ -73,10 +73,6 @@ def _draw(gallery: Side, rng: np.random.Generator) -> Rows:
     chosen = order[first + rng.integers(count)]
     nobody = np.array([person in DISTRACTORS for person in gallery.person], bool)
     return np.sort(np.concatenate([chosen[~nobody[chosen]], np.flatnonzero(nobody)]))
-
-
-def _rows(side: Side, rows: Rows) -> Side:
-    return Side(**{name: values[rows] for name, values in vars(side).items()})
 
 
 def _mean(trials: Sequence[QueryMetrics]) -> QueryMetrics:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reidctl.report.figures import METRIC_NAMES, condition_name, conditions, named_rows
+from reidctl import naming
+from reidctl.report.figures import METRIC_NAMES, conditions, named_rows
 
-DIRECTIONS = {"t2i": "Text to image", "i2i": "Image to image", "it2i": "Image and text to image"}
+DIRECTIONS = {name: text.capitalize() for name, text in naming.DIRECTIONS.items()}
 
 CONDITION_TEXTS = {
     "chance": "The expected score of a random order, computed exactly.",
@@ -37,8 +38,12 @@ def metric_groups(metrics: pd.DataFrame) -> list[Row]:
     Keys: title, caption, metrics, rows (name, model, cells, queries, skipped) and `frame`, the rows behind it.
     """
     groups = []
-    for (direction, dataset, split), frame in metrics.groupby(["direction", "dataset", "split"], sort=True):
+    # Single-shot galleries hold one image of each person: their numbers do not compare with the others.
+    marked = metrics.assign(single=metrics["condition"].astype(str).str.startswith("single-shot"))
+    for (direction, dataset, split, single), frame in marked.groupby(["direction", "dataset", "split", "single"]):
         title = f"{DIRECTIONS.get(str(direction), str(direction))}, {dataset}, {split} split"
+        title += ", single-shot" if single else ""
+        frame = frame.drop(columns="single")
         names = [name for name in METRIC_NAMES if name in set(frame["metric"])]
         rows = [_condition_row(frame[frame["condition"] == c], c, names) for c in conditions(list(frame["condition"]))]
         caption = f"Gallery of {int(frame['gallery'].max()):,} images"
@@ -53,7 +58,7 @@ def _condition_row(frame: pd.DataFrame, condition: str, names: Sequence[str]) ->
     cells = [_cell(at[name]) if name in at else None for name in names]
     first = frame.iloc[0]
     return {
-        "name": condition_name(condition),
+        "name": naming.label(condition),
         "model": condition == "standard",
         "cells": cells,
         "queries": f"{int(first['queries']):,}",

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from reidctl import tables
+from reidctl import naming, tables
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 INK, GRID, PAPER = "#222222", "#d9d9d9", "#fefefe"
@@ -34,15 +34,7 @@ METRIC_NAMES = {
     "mINP": "mINP",
 }
 _CURVE_NAMES = {**METRIC_NAMES, "i2i.rank1": "rank-1, image to image", "i2i.mAP": "mAP, image to image"}
-CONDITION_NAMES = {
-    "standard": "this model",
-    "oracle": "attribute oracle",
-    "oracle-caption": "caption oracle",
-    "histogram": "colour histogram",
-    "shuffled": "shuffled people",
-    "chance": "chance",
-}
-"""Rows of the metrics table in the order in which they are shown; other conditions come after the model."""
+_REFERENCES = ("oracle", "oracle-caption", "histogram", "shuffled", "chance", "single-shot-chance")
 
 
 def named_rows(frame: pd.DataFrame) -> list[Any]:
@@ -52,17 +44,8 @@ def named_rows(frame: pd.DataFrame) -> list[Any]:
 
 def conditions(found: Sequence[str]) -> list[str]:
     """Return condition names in the order of display: the model, its other settings, then the points of reference."""
-    reference = list(CONDITION_NAMES)[1:]
-    other = sorted(set(found) - set(CONDITION_NAMES))
-    return [name for name in ("standard", *other, *reference) if name in set(found)]
-
-
-def condition_name(condition: str) -> str:
-    """Return a condition as people read it."""
-    before, again, parameters = condition.partition("rerank-")
-    if again:
-        return f"{condition_name(before.removesuffix('+') or 'standard')}, re-ranked {parameters}"
-    return CONDITION_NAMES.get(condition, condition)
+    other = sorted(set(found) - {"standard", *_REFERENCES})
+    return [name for name in ("standard", *other, *_REFERENCES) if name in set(found)]
 
 
 def save_figure(figure: Figure, stem: Path, data: pd.DataFrame) -> list[Path]:
@@ -106,7 +89,7 @@ def metric_bars(metrics: pd.DataFrame, stem: Path) -> list[Path]:
         place = np.arange(len(names)) + (number - (len(shown) - 1) / 2) * width
         value = np.asarray([getattr(row, "value", np.nan) for row in rows], float)
         spread = np.asarray([_spread(row) for row in rows], float).reshape(-1, 2).T
-        axes.bar(place, value, width * 0.92, color=_bar_colour(condition, number), label=condition_name(condition))
+        axes.bar(place, value, width * 0.92, color=_bar_colour(condition, number), label=naming.label(condition))
         axes.errorbar(place, value, spread, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
         for x, y, above in zip(place, value, spread[1], strict=True):
             if y == y:

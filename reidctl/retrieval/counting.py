@@ -5,11 +5,16 @@ for certain; only the others, a few in ten thousand, are computed exactly. Score
 a good model, are never looked at one by one.
 """
 
+import numpy as np
 import torch
 
 from reidctl.retrieval.products import Block, places
 
 _CHUNK = 1 << 20  # candidates handled at a time
+_EVERY = 64  # of so many columns one is looked at to tell whether a block is crowded
+_MANY = 0.08  # share of scores above which computing all of them exactly is cheaper
+_FEW_LEVELS = 40  # up to so many, comparing with each beats a binary search
+_WORDS = 128  # words of 8 truth values whose sums fit the bytes of a word
 _GROUP = 16  # items whose highest score stands for them where a first bound is looked for
 _ROW = 4.0  # scores of one query lie within (-2, 2): adding 4 times the row keeps rows apart in one sorted list
 _BEYOND = 1.75  # stands for "no level": above every score
@@ -38,6 +43,24 @@ class Levels:
         row_number = torch.arange(queries, device=exact.device)[:, None] * (len(self._distinct) + 1)
         self._keys = (number.view(queries, self.count) + row_number).view(-1)
         self.tally = Tally(queries, self.count, exact.device)
+        self.whole = torch.zeros((2, queries, self.count), dtype=torch.int64, device=exact.device)
+
+    def add_whole(self, scores: torch.Tensor) -> None:
+        """Count a block of exact scores (q, g) in `whole`: above each level, and at or above it, shape (2, q, P)."""
+        if self.count > _FEW_LEVELS:
+            return self._search_whole(scores)
+        for level in range(self.count):
+            bound = self.exact[:, level : level + 1]
+            self.whole[0, :, level] += row_sums(scores > bound)
+            self.whole[1, :, level] += row_sums(scores >= bound)
+
+    def _search_whole(self, scores: torch.Tensor) -> None:
+        width = self.count + 1
+        row = torch.arange(len(scores), device=scores.device)[:, None] * width
+        for kind, right in enumerate((False, True)):
+            below = torch.searchsorted(self.exact, scores, right=right)
+            counts = torch.bincount((below + row).view(-1), minlength=len(scores) * width).view(-1, width)
+            self.whole[kind] += counts.flip(1).cumsum(1).flip(1)[:, 1:]
 
     def floor(self, skipped: int) -> torch.Tensor:
         """Return the score below which an item is below all levels but the lowest `skipped`, shape (q,)."""
@@ -150,15 +173,61 @@ class Best:
 
 def take_in(block: Block, levels: Levels, best: Best, *, skipped: int) -> None:
     """Count a block of the gallery against all levels but the lowest `skipped`, and keep its best items."""
-    slack = levels.slack
-    floor = best.floor() - slack
-    if block.start == 0 and best.top:
-        # Nothing is known yet: whatever is clearly below the block's own best cannot be among them.
-        floor = torch.maximum(floor, _reached(block.scores, best.top).double() - 2 * slack)
+    floor = _floor(block, levels, best)
     # Rounding the bound to float32 moves it by less than the slack's reserve.
     bound = torch.minimum(levels.floor(skipped), floor).float()
     for flat in torch.split(places(block.scores >= bound[:, None]), _CHUNK):
         _look(flat, block, levels, best, floor)
+
+
+def is_crowded(block: Block, levels: Levels, best: Best) -> bool:
+    """Return whether so many scores of a block must be computed exactly that all of them may as well be.
+
+    So it is with a collapsed model, whose scores are all equal or nearly so. A sample of the columns tells.
+    """
+    sample = block.scores[:, ::_EVERY]
+    row = torch.arange(len(sample), device=sample.device)[:, None].expand_as(sample).reshape(-1)
+    score = sample.reshape(-1).double()
+    _, doubtful = levels.place(row, score.clamp(min=-_ROW / 4))
+    asked = doubtful | (score >= _floor(block, levels, best)[row])
+    # A block of few items holds many of the best by right.
+    return bool(torch.count_nonzero(asked) > max(_MANY, 2 * best.top / block.scores.shape[1]) * len(asked))
+
+
+def take_in_whole(block: Block, levels: Levels, best: Best) -> None:
+    """Count a block by its exact scores alone, against all levels, and keep its best items."""
+    exact = block.all_exact()
+    levels.add_whole(exact)
+    position = first_best(exact, min(best.top, exact.shape[1]))
+    row = torch.arange(len(exact), device=exact.device)[:, None].expand_as(position).reshape(-1)
+    score = exact.gather(1, position).view(-1)
+    real = score > -torch.inf
+    best.add(row[real], position.view(-1)[real] + block.start, score[real])
+
+
+def first_best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the positions (q, count) of the best scores, ascending; the first ones where the last place is tied."""
+    if count == 0:
+        return torch.zeros((len(scores), 0), dtype=torch.int64, device=scores.device)
+    value, index = torch.topk(scores, count, dim=1)
+    last = value[:, -1:]
+    tied = torch.count_nonzero(scores >= last, dim=1) > count  # topk chose among equals as it liked
+    if tied.any():
+        few, bound = scores[tied], last[tied]
+        above, equal = few > bound, few == bound
+        room = count - torch.count_nonzero(above, dim=1)[:, None]
+        keep = above | (equal & (equal.cumsum(1) <= room))
+        index[tied] = keep.nonzero()[:, 1].view(-1, count)
+    return index.sort(dim=1).values
+
+
+def _floor(block: Block, levels: Levels, best: Best) -> torch.Tensor:
+    """The approximate score below which an item cannot be among the best, shape (q,)."""
+    floor = best.floor() - levels.slack
+    if block.start or not best.top:
+        return floor
+    # Nothing is known yet: whatever is clearly below the block's own best cannot be among them.
+    return torch.maximum(floor, _reached(block.scores, best.top).double() - 2 * levels.slack)
 
 
 def _reached(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -168,7 +237,7 @@ def _reached(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     groups = scores.shape[1] // _GROUP
     if groups >= 3 * count:
-        scores = scores[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amax(dim=1)
+        scores = scores[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amax(dim=1)  # type: ignore[no-untyped-call]
     return torch.topk(scores, min(count, scores.shape[1]), dim=1).values[:, -1]
 
 
@@ -186,3 +255,13 @@ def _look(flat: torch.Tensor, block: Block, levels: Levels, best: Best, floor: t
     unsure = places(doubtful)
     levels.tally.correct(row[unsure], above[unsure], *levels.place_exactly(row[unsure], exact[unsure]))
     best.add(row[good], column[good] + block.start, exact[good])
+
+
+def row_sums(mask: torch.Tensor) -> torch.Tensor:
+    """Return the number of true values in each row, shape (q,); on the CPU ten times faster than summing them."""
+    queries, width = mask.shape
+    if mask.device.type != "cpu" or width % (8 * _WORDS):
+        return torch.count_nonzero(mask, dim=1)
+    words = mask.numpy().view(np.uint64).reshape(queries, -1, _WORDS)
+    sums = np.add.reduce(words, axis=2).view(np.uint8)
+    return torch.from_numpy(sums.sum(axis=1, dtype=np.int64))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reidctl.retrieval.counting import Levels, Tally
+from reidctl.retrieval.counting import Levels, Tally, row_sums
 from reidctl.retrieval.products import Block, places
 
 _TOP_CODE = 32_000
@@ -85,7 +85,7 @@ class Crowd:
             np.greater(part, self._end[rows, level : level + 1], out=above)
             np.greater_equal(part, self._begin[rows, level : level + 1], out=reach)
             doubt[rows] |= np.bitwise_xor(reach, above, out=reach)
-            self._passed[rows, level] += _row_sums(above)
+            self._passed[rows, level] += row_sums(torch.from_numpy(above)).numpy()
 
     def _correct(self, block: Block, row: torch.Tensor, column: torch.Tensor, code: torch.Tensor) -> None:
         """Replace what the codes said of these items by what is true."""
@@ -110,10 +110,3 @@ class Crowd:
     @staticmethod
     def _key(row: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
         return row * (_NEVER + 1) + code
-
-
-def _row_sums(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The number of true values in each row; ten times faster than NumPy's own along an axis."""
-    words = mask.view(np.uint64).reshape(len(mask), -1, _GROUP // 8)
-    sums = np.add.reduce(words, axis=2).view(np.uint8)
-    return np.asarray(sums.sum(axis=1, dtype=np.int64))

@@ -8,9 +8,9 @@ is wrong by less than a proven bound (see `products`).
 A ranking is never sorted. For each query the items above and equal to each of its positives are counted
 (see `counting`), while the blocks of scores pass by; with them goes the search for the best items.
 
-Memory beyond the inputs and results is about 14·q·g + 20·D·(q + g) + 200·q·(P + top) bytes for blocks of q queries and
-g gallery items, P the largest number of relevant items of one query, when few scores are near a positive's; up to
-50·q·g more when most are (a collapsed model): below 0.4 GiB for the default blocks and D = 512, whatever Q and G are.
+Memory beyond the inputs and results is about 14·q·g + 20·D·(q + g) + 200·q·(P + top) bytes for blocks of q queries
+and g gallery items, P the largest number of relevant items of one query, whatever Q and G are; 40·q·g more where most
+scores are nearly equal (a collapsed model). `tests/benchmarks/bench_evaluate.py` measures it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from reidctl.errors import UsageError
 from reidctl.metrics import CUTOFFS, QueryMetrics, expected_metrics
-from reidctl.retrieval.counting import Best, Levels, take_in
+from reidctl.retrieval.counting import Best, Levels, is_crowded, take_in, take_in_whole
 from reidctl.retrieval.crowd import Crowd, crowded_levels
-from reidctl.retrieval.labels import Exclude, Labels, Pairs, SamePerson, keys_of, padded, tie_order
+from reidctl.retrieval.labels import Exclude, Labels, Pairs, SamePerson, check_length, keys_of, padded, tie_order
 from reidctl.retrieval.products import (
     GALLERY_BLOCK,
     QUERY_BLOCK,
@@ -102,9 +103,13 @@ def evaluate_ranking(
         advance: called with the number of queries after each block.
 
     Raises:
-        DataError: widths differ, a vector is longer than 1 or not finite, or a label that `exclude` needs is absent.
+        UsageError: an unknown rule, a negative `top`, or an empty block.
+        DataError: widths differ, a vector is longer than 1 or not finite, a list of labels has the wrong length, or a
+            label that `exclude` needs is absent.
     """
+    _check_sizes(top, query_block, gallery_block)
     check_vectors(query, gallery)
+    check_length(query_person, len(query), "query person")
     keys = keys_of(
         exclude,
         camera=(query_camera, gallery_camera),
@@ -149,6 +154,7 @@ def search(
     Raises:
         DataError: widths differ, or a vector is longer than 1 or not finite.
     """
+    _check_sizes(top, query_block, gallery_block)
     check_vectors(query, gallery)
     items = Gallery(gallery, tie_order(gallery_id, len(gallery)), gallery_block, torch.device(device))
     top = min(top, len(gallery))
@@ -159,6 +165,11 @@ def search(
             part = lattice(query[start : start + query_block], items.device)
             _rank_block(part, start, items, nothing, result)
     return result.index, result.score
+
+
+def _check_sizes(top: int, query_block: int, gallery_block: int) -> None:
+    if top < 0 or query_block < 1 or gallery_block < 1:
+        raise UsageError(f"top={top}, query_block={query_block}, gallery_block={gallery_block}: from 0, 1 and 1.")
 
 
 def _empty_result(queries: int, gallery: int, top: int) -> Ranking:
@@ -186,12 +197,16 @@ def _rank_block(
     levels = Levels(torch.from_numpy(positive).to(part.device), items.slack)
     best = Best(len(part), result.index.shape[1], part.device)
     crowd: Crowd | None = None
+    chosen = False
     junk_row, junk = pairs.row[pairs.drop], pairs.column[pairs.drop]
     for block in items.blocks(part):
         here = (junk >= block.start) & (junk < block.start + block.scores.shape[1])
         block.scores[junk_row[here], junk[here] - block.start] = -torch.inf
-        if block.start == 0:
-            lowest = crowded_levels(block.scores, levels)
+        if is_crowded(block, levels, best):
+            take_in_whole(block, levels, best)
+            continue
+        if not chosen:
+            lowest, chosen = crowded_levels(block.scores, levels), True
             crowd = Crowd(levels, lowest) if lowest else None
         if crowd is not None:
             crowd.count(block)
@@ -202,6 +217,7 @@ def _rank_block(
     above, reach = (counts.cpu().numpy() for counts in levels.tally.result())
     if crowd is not None:
         above[:, : crowd.lowest], reach[:, : crowd.lowest] = (counts.numpy() for counts in crowd.result())
+    above, reach = above + levels.whole[0].cpu().numpy(), reach + levels.whole[1].cpu().numpy()
     real = np.isfinite(positive)
     return np.nonzero(real)[0] + start, above[real], (reach - above)[real]
 

@@ -15,6 +15,7 @@ may trust it outside that margin and must ask for the exact score inside.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -103,14 +104,15 @@ class Block:
     def __init__(self, start: int, query: torch.Tensor, items: torch.Tensor, scores: torch.Tensor) -> None:
         self.start, self.scores = start, scores
         self._query, self._items = query, items  # float64 and float32
-        self._whole: torch.Tensor | None = None
+
+    def all_exact(self) -> torch.Tensor:
+        """Return the exact scores of the whole block, float64, shape (q, g); minus infinity where `scores` are."""
+        return (self._query @ self._items.double().T).masked_fill_(torch.isneginf(self.scores), -torch.inf)
 
     def exact(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return the exact scores of pairs, float64, shape (M,); pairs ascend by row, then column."""
-        if self._whole is None and len(row) > _DENSE * self.scores.numel():
-            self._whole = self._query @ self._items.double().T
-        if self._whole is not None:
-            return self._whole[row, column]
+        if len(row) > _DENSE * self.scores.numel():
+            return self.all_exact()[row, column]
         if len(row) <= _FEW or self.scores.device.type != "cpu":
             found = torch.empty(len(row), dtype=torch.float64, device=row.device)
             for start in range(0, len(row), _PAIRS):
@@ -149,12 +151,23 @@ def lattice(vectors: Matrix, device: torch.device) -> torch.Tensor:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Make float32 products true float32: TF32 or bfloat16 shortcuts would break the error bound."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # PyTorch before 2.9
+        general = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(general)
+        return
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ from scipy import sparse
 
 from reidctl.errors import DataError, UsageError
 from reidctl.retrieval.exact import search
-from reidctl.retrieval.labels import Ints, Labels
+from reidctl.retrieval.labels import Ints, Labels, check_length, texts
 from reidctl.retrieval.products import lattice
 
 Matrix = npt.NDArray[np.float32]
@@ -76,8 +76,9 @@ class Parameters:
 
     @property
     def name(self) -> str:
-        """The numbers as people write them, e.g. 20/6/0.3."""
-        return f"{self.k1}/{self.k2}/{self.weight:g}"
+        """The numbers as people write them, e.g. 20/6/0.3; different numbers have different names."""
+        weight = repr(float(self.weight) + 0.0).removesuffix(".0")  # -0 is 0
+        return f"{self.k1}/{self.k2}/{weight}"
 
 
 PRESETS = {
@@ -111,8 +112,10 @@ class KReciprocal:
     the order of rows, the block size or the number of threads, bit for bit.
 
     Memory beyond the inputs is below 12·N·D + 50·N·(k + 2) + 32·N·w + b·(16·G + 16·k1²) + 2^18·D bytes for blocks of
-    b rows, k = max(k1, k2), w non-zeros per row of W, besides the ids, the buffers of `exact.search` and those of one
-    query's Jaccard distances. w is at most k2·(k1 + 1)·(k1 + 8) / 6, on clustered vectors 1 to 4 times k1 for 20/6 and
+    b rows, k = max(k1, k2), w non-zeros per row of W, besides the ids, the buffers of `exact.search` and 40·(t + G)
+    bytes for the Jaccard distances of one query, t the non-zeros of W in the columns that the query has. t is at most
+    G times their number, and largest where hubs are everybody's neighbours: there one query took 399 bytes per gallery
+    item (20/6, 40,000 items). w is at most k2·(k1 + 1)·(k1 + 8) / 6, on clustered vectors 1 to 4 times k1 for 20/6 and
     4 to 8 times for 50/15; `nonzeros` tells. Quadratic is only the time: two exact searches of all items among all,
     and one product of queries and gallery.
 
@@ -297,8 +300,8 @@ def _together(query: Matrix, gallery: Matrix, query_id: Labels, gallery_id: Labe
 
 
 def _unique(ids: Labels, count: int, side: str) -> npt.NDArray[Any]:
-    assert len(ids) == count, "one id per item"
-    names = np.asarray(ids, dtype=object).astype(str)
+    check_length(ids, count, f"{side} id")
+    names = texts(ids)
     seen, times = np.unique(names, return_counts=True)
     if (times > 1).any():
         raise DataError(f"The {side} id {seen[times > 1][0]} occurs {times[times > 1][0]} times.")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
 from reidctl.metrics import CUTOFFS, expected_metrics
 from reidctl.retrieval.exact import Ranking
-from reidctl.retrieval.labels import Exclude, Ints, Labels, SamePerson, keys_of, tie_order
+from reidctl.retrieval.labels import Exclude, Ints, Labels, SamePerson, check_length, keys_of, tie_order
 
 Scores = npt.NDArray[np.float64]
 QUERY_BLOCK = 64
@@ -64,8 +64,12 @@ def rank_scores(
         advance: called with the number of queries after each block.
 
     Raises:
-        DataError: a score is NaN, a block has the wrong shape, or a label that `exclude` needs is absent.
+        UsageError: an unknown rule, a negative `top`, or blocks of fewer than one query.
+        DataError: a score is NaN, a block has the wrong shape, a list of labels the wrong length, or a label that
+            `exclude` needs is absent.
     """
+    if top < 0 or query_block < 1:
+        raise UsageError(f"top={top} and query_block={query_block}: they start at 0 and 1.")
     order = tie_order(gallery_id, gallery)
     keys = keys_of(
         exclude,
@@ -73,8 +77,8 @@ def rank_scores(
         outfit=(query_outfit, gallery_outfit),
         item=(query_id, gallery_id),
     )
+    check_length(query_person, queries, "query person")
     people = SamePerson(query_person, gallery_person, keys, order)
-    assert len(people.query_code) == queries, "one person id per query"
     top = min(top, gallery)
     ranked = np.full(queries, gallery, np.int64)
     index = np.full((queries, top), -1, np.int64)

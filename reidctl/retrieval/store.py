@@ -1,6 +1,6 @@
 """The table of embeddings as one object: a matrix and, row by row, what each vector belongs to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _refuse(
     wrong: npt.NDArray[np.bool_],
     sources: Sequence[tuple[str, int]],
     what: str,
-    hint: str = "Write the embeddings again, e.g. with `reidctl index`.",
+    hint: str = "Embed these items again (`reidctl index` does for its own models).",
 ) -> None:
     found = np.flatnonzero(wrong)
     if not len(found):
@@ -185,6 +185,19 @@ def parquet_source(path: Path, *, extra: Sequence[str] = ()) -> Source:
     return Source(str(path), rows, vector_pieces(path, "embeddings", "embedding"))
 
 
+def without(source: Source, dropped: npt.NDArray[np.bool_]) -> Source:
+    """Return a source without some of its rows; messages count the rows that are left."""
+
+    def pieces() -> Iterator[Piece]:
+        start = 0
+        for lengths, numbers in source.pieces:
+            keep = ~dropped[start : start + len(lengths)]
+            start += len(lengths)
+            yield lengths[keep], numbers[np.repeat(keep, lengths)]
+
+    return Source(source.name, source.rows[~dropped].reset_index(drop=True), pieces())
+
+
 def gather(sources: Sequence[Source]) -> EmbeddingTable:
     """Return all vectors in one matrix, which is filled in place, and all labels; lengths and ids are not checked.
 
@@ -202,8 +215,9 @@ def gather(sources: Sequence[Source]) -> EmbeddingTable:
                 vectors, first = _allocated(total, int(lengths[lengths > 0][0])), source.name
             stop = end + len(lengths)
             widths[end - begin : stop - begin] = lengths
-            if (lengths == vectors.shape[1]).all():
-                vectors[end:stop] = numbers.reshape(len(lengths), -1)
+            # A piece of which every row was dropped has no width to infer.
+            if vectors.size and (lengths == vectors.shape[1]).all():
+                vectors[end:stop] = numbers.reshape(len(lengths), vectors.shape[1])
             end = stop
         _check_widths(source, widths, vectors.shape[1], first)
         begin = end

@@ -15,6 +15,7 @@ from reidctl import tables
 from reidctl.console import log
 from reidctl.datasets import identities, leaks
 from reidctl.errors import DataError, UsageError
+from reidctl.evaluation.origin import rendered_datasets
 from reidctl.runs import Run, digest
 from reidctl.stages.counting import count_splits
 from reidctl.stages.sources import DataSettings, Source, find_source
@@ -118,6 +119,7 @@ def run(
             "source": "combine",
             "known_people": True,
             "described": joined.described,
+            "rendered": sorted({name for source in found for name in rendered_datasets(source.folder.absolute())}),
         },
     )
     return {**record, "status": "done"}

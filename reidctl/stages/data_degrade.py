@@ -12,6 +12,7 @@ from reidctl import tables
 from reidctl.console import log
 from reidctl.datasets.degrade import check, degrade, word_order, word_overlap, words_of
 from reidctl.errors import DataError, UsageError
+from reidctl.evaluation.origin import rendered_datasets
 from reidctl.runs import Run, digest
 from reidctl.stages.counting import count_splits
 from reidctl.stages.sources import Source, find_source
@@ -46,8 +47,8 @@ def run(
         force: do it again even if nothing changed.
 
     Returns:
-        The stage's record with `status`, `splits`, `notes`, `root`, `known_people`, `described`, `source` and in
-        `metrics` the number of captions, how many changed, and their mean `word_overlap` and, for shuffle,
+        The stage's record with `status`, `splits`, `notes`, `root`, `known_people`, `described`, `rendered`, `source`
+        and in `metrics` the number of captions, how many changed, and their mean `word_overlap` and, for shuffle,
         `word_order` with the originals.
 
     Raises:
@@ -96,6 +97,7 @@ def run(
             "source": NAME,
             "known_people": before.get("known_people", True),
             "described": before.get("described", False),
+            "rendered": rendered_datasets(found.folder.absolute()),
         },
     )
     return {**record, "status": "done"}

@@ -12,6 +12,7 @@ from reidctl import tables
 from reidctl.datasets.base import Draft, Options, listing_digest, measure
 from reidctl.datasets.registry import reader, supported_options
 from reidctl.errors import DataError, UsageError
+from reidctl.evaluation.origin import is_rendered
 from reidctl.runs import Run, digest
 from reidctl.stages.counting import count_splits
 
@@ -36,8 +37,9 @@ def run(
     """Write `images` and `captions` of a dataset; see `datasets.base.Options` for the choices.
 
     Returns:
-        The stage's record with `status` (done, up-to-date), `splits`, `notes`, `root`, `known_people` and `described`
-        (whether texts that a model wrote from the images came with them).
+        The stage's record with `status` (done, up-to-date), `splits`, `notes`, `root`, `known_people`, `described`
+        (whether texts that a model wrote from the images came with them) and `rendered` (the dataset's name if `data
+        synth` made the images, as the layout's marker tells).
 
     Raises:
         UsageError: an unknown format, or an option that this format does not have.
@@ -89,6 +91,7 @@ def run(
             "source": format,
             "known_people": draft.known_people,
             "described": _described(imported.captions),
+            "rendered": [draft.dataset] if is_rendered({root, *(e.path.parent for e in draft.entries)}) else [],
         },
     )
     return {**record, "status": "done"}

@@ -15,6 +15,7 @@ from reidctl.config import parse_section
 from reidctl.console import log, progress
 from reidctl.datasets.registry import Write, writer
 from reidctl.errors import DataError, ReidctlError
+from reidctl.evaluation.origin import mark
 from reidctl.runs import Run
 from reidctl.stages.counting import count_splits
 from reidctl.synthped.config import SynthConfig
@@ -64,7 +65,11 @@ def run(
         outputs=outputs,
         started=started,
         metrics={"images_per_minute": round(60 * total / seconds)},
-        extra={"splits": count_splits(images, captions), "source": "synthped"},
+        extra={
+            "splits": count_splits(images, captions),
+            "source": "synthped",
+            "rendered": sorted(set(images["dataset"].astype(str))),
+        },
     )
     # The dataset is finished whatever becomes of its layouts.
     return {**record, "status": "done", "layouts": _lay_out(run, writers)}
@@ -105,6 +110,9 @@ def _write_layout(
     except ReidctlError:
         shutil.rmtree(temporary)
         raise
+    # People under the name of a public dataset stay known as rendered wherever the folder goes.
+    for folder in {temporary, root if root.is_dir() else root.parent}:
+        mark(folder)
     temporary.rename(target)
     # What `data import` takes may be a folder or a file inside the layout.
     tables.write_text(

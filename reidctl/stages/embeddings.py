@@ -1,7 +1,6 @@
 """`evaluate` on given embeddings: vectors that any program made, measured as a model of reidctl is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 from reidctl.console import progress
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
-from reidctl.evaluation import baselines, protocols
+from reidctl.evaluation import protocols
 from reidctl.evaluation.given import Given, protocols_of, read_given
 from reidctl.evaluation.protocols import Evaluation, Protocol, Side
 from reidctl.evaluation.reranking import caveats, evaluate_reranked
@@ -20,7 +19,7 @@ from reidctl.evaluation.slices import slice_rows
 from reidctl.retrieval.rerank import Parameters, parse
 from reidctl.runs import Run, digest
 from reidctl.stages import results
-from reidctl.stages.references import REFERENCES, chance_of
+from reidctl.stages.references import REFERENCES, chance_of, control_of
 
 STAGE = results.STAGE
 
@@ -65,7 +64,7 @@ def run(
     if not files:
         raise UsageError("No file of embeddings was given.")
     target = str(resolve_device(device))
-    again = [parse(text) for text in rerank]
+    again = list(dict.fromkeys(parse(text) for text in rerank))
     inputs = _digests(files)
     # `query` and `model` are what comparisons of evaluations look at.
     asked_for = {
@@ -99,6 +98,7 @@ def run(
             "notes": notes,
             "data": None,
             "embeddings": [str(path.resolve()) for path in files],
+            "given": _identities(files, inputs, given),
             "model_sha256": model,
         },
     )
@@ -119,6 +119,15 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
     for path in sorted(files, key=str):
         found[path.name if path.name not in found else str(path)] = digest(path)
     return found
+
+
+def _identities(files: Sequence[Path], inputs: Mapping[str, str], given: Given) -> list[dict[str, str | None]]:
+    """What was measured, file by file: where it lay, its digest, and the model that it says made its vectors."""
+    ordered = sorted(files, key=str)  # as in `_digests`
+    return [
+        {"path": str(path.resolve()), "sha256": sha256, "model": given.models[str(path)]}
+        for path, sha256 in zip(ordered, inputs.values(), strict=True)
+    ]
 
 
 def _up_to_date(run: Run, asked_for: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:
@@ -181,7 +190,7 @@ def _evaluate(
         for parameters in rerank:
             found.append(evaluate_reranked(protocol, parameters, cutoffs=cutoffs, seed=seed, device=device))
             notes += [note for note in caveats(protocol, parameters) if note not in notes]
-        found += _beside(protocol, model, cutoffs, seed, device)
+        found += _beside(protocol, model, cutoffs, seed, device, notes)
     if not found:
         raise DataError(
             f"No query has a match, so there is nothing to measure: {' '.join(unmatched)}",
@@ -192,16 +201,14 @@ def _evaluate(
 
 
 def _beside(
-    protocol: Protocol, model: Evaluation, cutoffs: Sequence[int] | None, seed: int, device: str
+    protocol: Protocol, model: Evaluation, cutoffs: Sequence[int] | None, seed: int, device: str, notes: list[str]
 ) -> list[Evaluation]:
     """The settings of cloth-changing sets, chance, and the label shuffle, as far as they have a scored query."""
-    shuffled = replace(baselines.label_shuffle(protocol, seed=seed), condition="shuffled")
-    found = [
-        protocols.evaluate(part, cutoffs=cutoffs, seed=seed, device=device)
-        for part in (*protocols.clothes_settings(protocol), shuffled)
-    ]
-    found.insert(-1, chance_of(protocol, model, seed=seed))
-    return [part for part in found if len(part.metrics)]
+    settings = protocols.clothes_settings(protocol)
+    found = [protocols.evaluate(part, cutoffs=cutoffs, seed=seed, device=device) for part in settings]
+    control, said = control_of(protocol, cutoffs=cutoffs, seed=seed, device=device)
+    notes += said
+    return [part for part in (*found, chance_of(protocol, model, seed=seed), control) if len(part.metrics)]
 
 
 def _without_match(protocol: Protocol) -> str:

@@ -14,6 +14,7 @@ from reidctl import tables
 from reidctl.console import log
 from reidctl.errors import DataError
 from reidctl.evaluation import protocols
+from reidctl.methods.base import unique_state
 from reidctl.metrics import CUTOFFS, Interval, QueryMetrics, bootstrap_interval, summarise
 from reidctl.runs import Run, fingerprint
 from reidctl.stages.index import model_digest
@@ -31,6 +32,8 @@ def run(
     split: str = "test",
     query: str = "caption",
     device: str = "auto",
+    data: Path | None = None,
+    captions: Path | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -49,6 +52,8 @@ def run(
         split: which people.
         query: what a text query is; see `evaluate`.
         device: where to compute.
+        data: the dataset folder; default: the run's.
+        captions: the table of identity and clothing texts.
         seed: of the bootstrap.
         force: measure again even if nothing changed.
 
@@ -63,7 +68,7 @@ def run(
             f"The training in {run.path} kept no epochs.",
             hint="Train with `reidctl finetune --set train.keep_epochs=true`; it costs one model on disk per epoch.",
         )
-    source = find_source(run)
+    source = find_source(run, data, captions)
     check_people(source)
     inputs = source.digests()
     settings: Mapping[str, Any] = {
@@ -74,7 +79,7 @@ def run(
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
-    subject = find_subject(run, split=split, query=query, device=device)
+    subject = find_subject(run, split=split, query=query, device=device, data=data, captions=captions)
     run.unfinish(STAGE)
     # What a part holds depends on neither the seed of the intervals nor the other epochs.
     same = {name: value for name, value in settings.items() if name not in ("seed", "epochs")}
@@ -108,16 +113,35 @@ def _measure(subject: Subject, kept: Mapping[int, Path], folder: Path, digest: s
     frames = []
     for epoch, path in kept.items():
         part = folder / f"epoch-{epoch:03d}-{digest[:16]}.parquet"
-        if force or not part.is_file():
+        held = None if force else _part(part)
+        if held is None:
             log.info(f"epoch {epoch} of {max(kept)}")
             tables.write_table(part, "queries", _queries(_at(subject, epoch, path), epoch))
-        frames.append(tables.read_table(part, "queries"))
+            held = tables.read_table(part, "queries")
+        frames.append(held)
     return pd.concat(frames, ignore_index=True)
 
 
+def _part(path: Path) -> pd.DataFrame | None:
+    """What a killed run measured; None if it is not there or damaged."""
+    try:
+        return tables.read_table(path, "queries") if path.is_file() else None
+    except DataError:
+        return None
+
+
 def _at(subject: Subject, epoch: int, path: Path) -> Subject:
-    """The subject with an epoch's weights; its digest is no index's, so no stored gallery is taken for it."""
-    subject.method.load_state_dict(load_file(path, device=str(subject.device)), strict=False)
+    """The subject with an epoch's weights; its digest is no index's, so no stored gallery is taken for it.
+
+    Raises:
+        DataError: the file lacks weights, which would stay those of the epoch before, or holds others.
+    """
+    known = set(unique_state(subject.method))
+    state = load_file(path, device=str(subject.device))
+    missing, unexpected = subject.method.load_state_dict(state, strict=False)
+    lacking = [name for name in missing if name in known]
+    if lacking or unexpected:
+        raise DataError(f"{path} does not fit: missing {lacking[:3]}, unexpected {list(unexpected)[:3]}.")
     return replace(subject, method=subject.method.eval(), weights=f"epoch {epoch}")
 
 
@@ -143,7 +167,7 @@ class _Found:
         self.metric = str(trained["settings"]["train"]["select_metric"])
         self.parts: dict[Group, dict[int, tuple[QueryMetrics, pd.Series]]] = {}
         self.summary: dict[Group, dict[int, dict[str, Interval]]] = {}
-        for (direction, dataset, condition), part in queries.groupby(["direction", "dataset", "condition"]):
+        for (direction, dataset, condition), part in queries.groupby(["direction", "dataset", "condition"], sort=False):
             group, epoch = (str(direction), str(dataset)), int(str(condition).removeprefix("epoch-"))
             rows = part.sort_values("query_id")  # the same queries in the same places in every epoch
             metrics, person = _metrics_of(rows), rows["person_id"]

@@ -1,6 +1,6 @@
 """`evaluate`: retrieval metrics on unseen people, beside chance, a colour histogram and the attribute oracle."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from reidctl.console import progress
+from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation import protocols
 from reidctl.evaluation.composed import composed
@@ -20,9 +21,9 @@ from reidctl.retrieval.rerank import Parameters, parse
 from reidctl.retrieval.store import EmbeddingTable
 from reidctl.runs import Run
 from reidctl.stages import results
-from reidctl.stages.index import model_digest
+from reidctl.stages.index import model_digest, training_digest
 from reidctl.stages.measuring import Subject, check_people, check_query, embed, find_subject, protocols_of
-from reidctl.stages.references import references
+from reidctl.stages.references import chance_of, references
 from reidctl.stages.sources import find_source
 
 STAGE = results.STAGE
@@ -77,6 +78,7 @@ def run(
     data: Path | None = None,
     captions: Path | None = None,
     seed: int = 0,
+    reuse: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Measure text-to-image retrieval and, where cameras or roles are known, image-to-image retrieval.
@@ -93,6 +95,7 @@ def run(
         data: the dataset folder; default: the run's.
         captions: the table of identity and clothing texts.
         seed: of the bootstrap, the label shuffle and the single-shot draws.
+        reuse: an earlier evaluation of the same queries with other protocols, cutoffs or re-rankings will do.
         force: measure again even if nothing changed.
 
     Raises:
@@ -100,20 +103,25 @@ def run(
         DataError: no model, no such split, a cutoff beyond the gallery, or nobody to find.
     """
     check_query(query)
-    asked = Asked(_known(measure), tuple(cutoffs) if cutoffs else None, tuple(map(parse, rerank)), weight, seed)
+    resolve_device(device)
+    sets = tuple(dict.fromkeys(map(parse, rerank)))
+    asked = Asked(_known(measure), tuple(cutoffs) if cutoffs else None, sets, weight, seed)
     source = find_source(run, data, captions)
     check_people(source)
-    settings: Mapping[str, Any] = {
+    settings: dict[str, Any] = {
         "split": split,
         "query": query,
         "seed": seed,
         "model": model_digest(run),
+        "training": training_digest(run),
         "measure": list(asked.protocols),
         "cutoffs": list(asked.cutoffs) if asked.cutoffs else None,
         "rerank": [parameters.name for parameters in asked.rerank],
         "weight": weight,
     }
     inputs = source.digests()
+    if reuse and not force:
+        settings = _held(run, settings)
     current = None if force else run.up_to_date(STAGE, settings, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
@@ -138,6 +146,12 @@ def run(
         },
     )
     return {**record, "status": "done"}
+
+
+def _held(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, except that what is measured is what the run's evaluation measured."""
+    held = (run.record(STAGE) or {}).get("settings", {})
+    return settings | {name: held[name] for name in ("measure", "cutoffs", "rerank", "weight") if name in held}
 
 
 def _known(names: Sequence[str]) -> tuple[str, ...]:
@@ -169,8 +183,7 @@ def _dataset(subject: Subject, stored: EmbeddingTable, dataset: str, asked: Aske
         if protocol.direction in asked.protocols:
             _direction(subject, protocol, asked, found)
         if protocol.direction == "i2i" and "single-shot" in asked.protocols:
-            for setting in (protocol, *protocols.clothes_settings(protocol)):
-                found.add(single_shot(setting, cutoffs=asked.cutoffs, seed=asked.seed, device=str(subject.device)))
+            _single_shot(protocol, asked, found, str(subject.device))
     if {protocol.direction for protocol in allowed} == {"t2i", "i2i"} and "it2i" in asked.protocols:
         changing = next(part for part in allowed if part.direction == "i2i").exclude in (
             "cloth_changing",
@@ -204,11 +217,24 @@ def _direction(subject: Subject, protocol: Protocol, asked: Asked, found: Found)
     for setting in protocols.clothes_settings(protocol):
         found.add(protocols.evaluate(setting, cutoffs=asked.cutoffs, seed=asked.seed, device=device))
     for parameters in asked.rerank:
-        found.add(_again(protocol, parameters, asked, device))
-        found.notes += [note for note in caveats(protocol, parameters) if note not in found.notes]
+        again = _again(protocol, parameters, asked, device)
+        found.add(again)
+        found.notes += caveats(protocol, parameters)
+        if again.ranking.queries.means() == model.ranking.queries.means():
+            found.notes.append(
+                f"{protocol.dataset}, {protocol.direction}: re-ranking {parameters.name} changed no metric."
+            )
     found.parts += references(
         subject.whole, protocol, model, subject.texts, found.notes, cutoffs=asked.cutoffs, seed=asked.seed
     )
+
+
+def _single_shot(protocol: Protocol, asked: Asked, found: Found, device: str) -> None:
+    """Add single-shot galleries of the plain protocol and of its clothes settings, with chance for the plain one."""
+    for setting in (protocol, *protocols.clothes_settings(protocol)):
+        part = single_shot(setting, cutoffs=asked.cutoffs, seed=asked.seed, device=device)
+        if found.add(part) and setting is protocol:
+            found.parts.append(chance_of(protocol, part, condition="single-shot-chance", seed=asked.seed))
 
 
 def _again(protocol: Protocol, parameters: Parameters, asked: Asked, device: str) -> Evaluation:

@@ -19,6 +19,8 @@ from reidctl.stages.measuring import check_query, embed, find_subject, protocols
 from reidctl.stages.sources import Source, find_source
 
 STAGE = "matrix"
+# From this share of its training images on a model counts as trained on a dataset: two datasets may share a file.
+SAME = 0.5
 SCORES = ("value", "low", "high", "queries", "skipped", "gallery", "relation")
 
 
@@ -39,7 +41,8 @@ def run(
     The datasets are those that the models were trained on (each once, however many runs hold a copy) and further
     folders. A model and a dataset whose people it was trained on, without captions for text queries, without the
     texts that the gallery needs, ... make a cell with the reason instead of a number. `relation` is `same` where the
-    model was trained on images of this dataset, else `cross`. A drop is the best value of the models that were trained
+    model was trained on at least half of the training images of this dataset, else `cross`; a share below that is a
+    note. A drop is the best value of the models that were trained
     on the dataset minus this model's, in the unit of the metric; it has no interval.
 
     Writes the table `matrix`, and a part for each cell, so that a killed run repeats one cell at most and a further
@@ -172,6 +175,10 @@ def _datasets(models: Sequence[Run], folders: Sequence[Path]) -> list[_Dataset]:
     return [_Dataset(s.folder, name, s.digests()) for s, name in zip(kept, names, strict=True)]
 
 
+# What `_measure` returns.
+_PART = {"rows", "notes", "reason", "datasets", "lacks"}
+
+
 class _Parts:
     """Measured cells as files, named by everything that they depend on."""
 
@@ -183,7 +190,12 @@ class _Parts:
         path = self._path(name)
         if self.force or not path.is_file():
             return None
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            part = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            part = None
+        # A damaged part is measured again.
+        return part if isinstance(part, dict) and part.keys() == _PART else None
 
     def write(self, name: str, cell: Mapping[str, Any]) -> None:
         tables.write_text(self._path(name), json.dumps(cell) + "\n")
@@ -232,7 +244,8 @@ def _measure(model: _Model, column: _Dataset, asked: _Asked) -> dict[str, Any]:
         notes += said
         lacks[dataset] = " ".join(said)
         mine = images[(images["dataset"] == dataset) & (images["split"] == "train")]
-        relation = "same" if mine["sha256"].isin(model.seen).any() else "cross"
+        relation, shared = _relation(mine["sha256"].isin(model.seen))
+        notes += [f"{dataset}: {shared}"] if shared else []
         for protocol in asking:
             found = protocols.evaluate(
                 protocol, top=0, seed=asked.seed, resamples=asked.resamples, device=str(subject.device)
@@ -244,6 +257,15 @@ def _measure(model: _Model, column: _Dataset, asked: _Asked) -> dict[str, Any]:
             rows += [{"relation": relation, **{str(key): value for key, value in row.items()}} for row in plain]
     reason = None if rows else " ".join(notes) or f"No query of the {asked.split} split has a match."
     return {"rows": rows, "notes": notes, "reason": reason, "datasets": names, "lacks": lacks}
+
+
+def _relation(known: pd.Series) -> tuple[str, str]:
+    """Whether a model was trained on a dataset, from which of its training images it saw, and a note if on a part."""
+    count, total = int(known.sum()), len(known)
+    relation = "same" if count and count >= SAME * total else "cross"
+    if count in (0, total):
+        return relation, ""
+    return relation, f"the model was trained on {count:,} of its {total:,} training images, which counts as {relation}."
 
 
 def _dataset_names(column: _Dataset, split: str) -> list[str]:

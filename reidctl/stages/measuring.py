@@ -17,6 +17,7 @@ from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation import protocols
+from reidctl.evaluation.origin import other_tables
 from reidctl.methods.base import Method, load_method
 from reidctl.retrieval.store import EmbeddingTable, read_embeddings
 from reidctl.runs import Run
@@ -231,11 +232,14 @@ def _check_seen(run: Run, source: Source, corpus: Corpus, split: str) -> list[st
 
 def _other_data(run: Run, source: Source) -> list[str]:
     """A note if the dataset is not the one that the model was trained on, and on how its captions were spoilt."""
-    folder = source.folder.resolve()
-    if str(folder) == run.require("finetune")["data"]:
+    trained, folder = run.require("finetune"), source.folder.resolve()
+    other = other_tables(source.digests(), trained["inputs"])
+    if not other:
         return []
     record = Run(folder.parent).record(folder.name) or {}
     notes = [f"Measured on {folder}, another dataset than the one of the training."]
+    if str(folder) == trained["data"]:
+        notes = [f"The tables of {' and '.join(other)} in {folder} are no longer those of the training."]
     if record.get("source") == "degrade":
         spoilt = record["settings"]["degrade"]
         notes.append(f"Its captions were degraded: {spoilt['kind']}, level {spoilt['level']:g}.")

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from reidctl import __version__, tables
+from reidctl import __version__, naming, tables
 from reidctl.errors import DataError
 from reidctl.explain.maps import USER_QUERY, grid_map
 from reidctl.explain.pictures import overlay
@@ -171,7 +171,7 @@ class _Writer:
     def _condition_texts(self, metrics: pd.DataFrame) -> list[tuple[str, str]]:
         present = figures.conditions(list(metrics["condition"]))
         texts = content.CONDITION_TEXTS
-        return [(figures.condition_name(name), texts[name]) for name in present if name in texts]
+        return [(naming.label(name), texts[name]) for name in present if name in texts]
 
     def _figure(self, paths: list[Path], title: str, alt: str) -> dict[str, Any]:
         self.files += [path for path in paths if path.is_relative_to(self.run.stage_dir(STAGE))]

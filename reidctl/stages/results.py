@@ -59,30 +59,35 @@ def summary(found: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
 
 
 def result_tables(found: Sequence[Evaluation]) -> dict[str, Any]:
-    """Return, by `direction:dataset`, what was counted and condition -> metric -> [value, low, high]."""
+    """Return, by `direction:dataset`, what was counted and condition -> metric -> [value, low, high].
+
+    Single-shot rows have other galleries and stand in a table of their own, `direction:dataset:single-shot`.
+    """
     shown: dict[str, Any] = {}
     for part in found:
-        first = part.metrics.iloc[0]
+        first, condition = part.metrics.iloc[0], condition_of(part)
+        where = [str(first["direction"]), str(first["dataset"])]
+        about = "single-shot" if condition.startswith("single-shot") else ""
+        counts = {name: int(first[name]) for name in ("queries", "skipped", "gallery")}
         facts = shown.setdefault(
-            f"{first['direction']}:{first['dataset']}",
+            ":".join([*where, about] if about else where),
             {
-                "direction": str(first["direction"]),
-                "dataset": str(first["dataset"]),
-                "queries": int(first["queries"]),
-                "skipped": int(first["skipped"]),
-                "gallery": int(first["gallery"]),
+                "direction": where[0],
+                "dataset": where[1],
+                "about": about,
+                **counts,
+                "rule": part.rule,
                 "rows": {},
                 "counts": {},
             },
         )
-        condition = condition_of(part)
-        if condition == "standard":
+        if condition in ("standard", "single-shot"):
             scored = part.queries["matches"] > 0
             facts["people"] = int(part.queries.loc[scored, "person_id"].nunique())
         facts["rows"][condition] = {
             name: [value.value, _number(value.low), _number(value.high)] for name, value in part.summary.items()
         }
-        facts["counts"][condition] = {name: int(first[name]) for name in ("queries", "skipped", "gallery")}
+        facts["counts"][condition] = counts
     return shown
 
 

@@ -1,6 +1,5 @@
 """`evaluate --setting`: what spoilt queries and pictures cost a model, beside a control model, paired by query."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,14 +9,11 @@ from typing import Any
 import pandas as pd
 
 from reidctl import tables
-from reidctl.console import log
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation.robustness import (
     MEAN,
-    TEXTS,
     Case,
     Scores,
-    against_control,
     averaged,
     chance_note,
     drop_differences,
@@ -32,16 +28,17 @@ from reidctl.evaluation.robustness import (
 )
 from reidctl.evaluation.settings import level_of, resolve
 from reidctl.metrics import distinct_query_ceiling
-from reidctl.runs import Run, fingerprint
-from reidctl.stages.index import model_digest
+from reidctl.runs import Run
+from reidctl.stages.index import model_digest, training_digest
 from reidctl.stages.measuring import Subject, check_people, find_subject
+from reidctl.stages.robustness_notes import notes
+from reidctl.stages.robustness_parts import PART, Parts
 from reidctl.stages.sources import Source, find_source
 from reidctl.stages.spoiling import Asked, Bench, Measured, plan
 
 STAGE = "robustness"
 QUERIES = ("caption", "identity+clothing", "identity")
 _QUERIES_OF = {"model": "queries", "control": "control"}
-_PART = 1  # rises whenever a measurement can come out differently
 
 
 def run(
@@ -98,7 +95,9 @@ def run(
     source = find_source(run, data, captions)
     check_people(source)
     facts = {"settings": names, "levels": levels, "split": split, "query": query, "seed": seed}
-    facts |= {"model": model_digest(run), "control": _control_digest(run, control, source, data), "part": _PART}
+    facts |= {"model": model_digest(run), "control": _control_digest(run, control, source, data), "part": PART}
+    # Equal weights may come from other people or another rule of selection: then other things are refused and said.
+    facts |= {"training": training_digest(run), "control_training": training_digest(control) if control else None}
     inputs = source.digests()
     current = None if force else run.up_to_date(STAGE, facts, inputs)
     if current is not None:
@@ -111,11 +110,11 @@ def run(
         )
     run.unfinish(STAGE)
     run.table(STAGE, _QUERIES_OF["control"]).unlink(missing_ok=True)  # an earlier call may have had one
-    parts = _Parts(run.stage_dir(STAGE) / "parts", force=force)
+    parts = Parts(run.stage_dir(STAGE) / "parts", force=force)
     asked = plan(subjects["model"], names, query=query, seed=seed, level=level)
     measured = {name: _measure_all(Bench(subject, asked), parts) for name, subject in subjects.items()}
     record = _finish(run, subjects, asked, measured, facts, inputs, started)
-    parts.forget_others([_model_name(subject) for subject in subjects.values()])
+    parts.forget_others(list(subjects.values()))
     return record
 
 
@@ -144,52 +143,7 @@ def _control_digest(run: Run, control: Run | None, source: Source, data: Path | 
     return weights
 
 
-class _Parts:
-    """Finished measurements as files, named by everything that they depend on."""
-
-    def __init__(self, folder: Path, *, force: bool) -> None:
-        self.folder, self.force = folder, force
-        self._used: set[str] = set()
-
-    def measure(self, bench: Bench, case: Case) -> Measured:
-        """Return a measurement, read or made; what a kill left half-written is not taken for one."""
-        name = _part_name(bench, case)
-        table, facts = (self.folder / f"{name}.{ending}" for ending in ("parquet", "json"))
-        self._used.add(name)
-        # The facts are written last: where they are, the table is whole.
-        if facts.is_file() and table.is_file() and not self.force:
-            known = json.loads(facts.read_text(encoding="utf-8"))
-            return Measured(tables.read_table(table, "queries"), known["facts"], tuple(known["notes"]))
-        log.info(f"{bench.subject.run.path}: {case.key}")
-        facts.unlink(missing_ok=True)
-        found = bench.measure(case)
-        tables.write_table(table, "queries", found.queries)
-        tables.write_text(facts, json.dumps({"facts": found.facts, "notes": found.notes}) + "\n")
-        return found
-
-    def forget_others(self, keep: Sequence[str]) -> None:
-        """Remove the parts of models that are no longer measured."""
-        for path in self.folder.glob("*"):
-            if path.stem not in self._used and not path.name.startswith(tuple(keep)):
-                path.unlink(missing_ok=True)
-
-
-def _part_name(bench: Bench, case: Case) -> str:
-    """Model, data and case in a file name; the first half is the model on its data."""
-    subject = bench.subject
-    facts = {
-        "row": case.row, "seed": case.seed, "level": case.level, "texts": case.texts,
-        "ids": bench.asked.ids[case.reference], "part": _PART,
-    }  # fmt: skip
-    return f"{_model_name(subject)}-{fingerprint(facts, {})[:20]}"
-
-
-def _model_name(subject: Subject) -> str:
-    facts = {"weights": subject.weights, "split": subject.split, "device": subject.device.type}
-    return fingerprint(facts, subject.source.digests())[:20]
-
-
-def _measure_all(bench: Bench, parts: _Parts) -> dict[str, Measured]:
+def _measure_all(bench: Bench, parts: Parts) -> dict[str, Measured]:
     """Every case that the model can be asked, by key."""
     return {case.key: parts.measure(bench, case) for case in bench.asked.cases if not bench.skips(case)}
 
@@ -239,7 +193,7 @@ def _finish(
             "runs": {name: str(subject.run.path.resolve()) for name, subject in subjects.items()},
             "rows": rows,
             "differences": differences,
-            "notes": _notes(subjects, asked, measured, rows, differences),
+            "notes": notes(subjects, asked, measured, scores["model"], rows, differences),
             "data": str(subjects["model"].source.folder.resolve()),
         },
     )
@@ -374,26 +328,3 @@ def _differences(asked: Asked, scores: Mapping[str, Mapping[Where, Mapping[str, 
             keys = {"direction": where[0], "dataset": where[1], "setting": case.row, "reference": case.reference}
             found.append({**keys, "seed": case.seed, "level": case.level, "values": shown(gap)})
     return found
-
-
-def _notes(
-    subjects: Mapping[str, Subject],
-    asked: Asked,
-    measured: Mapping[str, Mapping[str, Measured]],
-    rows: Sequence[Mapping[str, Any]],
-    differences: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    """What readers must know: of the models, of what was left out, of rows that prove nothing, of the control."""
-    said = [*subjects["model"].notes, *asked.notes]
-    said += [f"Control: {note}" for note in subjects["control"].notes] if "control" in subjects else []
-    for found in measured.values():
-        said += [note for part in found.values() for note in part.notes]
-    if subjects.get("control") and subjects["control"].method.gallery_texts and asked.ids[TEXTS]:
-        said.append("Control: its gallery holds texts of the kind that identity + clothing queries are: not asked so.")
-    for row in rows:
-        if any(words in (row["note"] or "") for words in ("by construction", "chance", "gallery text")):
-            said.append(f"{row['dataset']} {row['direction']}, {row['model']}, {row['setting']}: {row['note']}")
-    for row in differences:
-        if row["reference"] == TEXTS and row["seed"] in (MEAN, asked.seed) and "rank1" in row["values"]:
-            said += against_control(row) if row["setting"] != "clothes-conflict" or row["seed"] == MEAN else []
-    return list(dict.fromkeys(said))

@@ -11,11 +11,13 @@ from reidctl import tables
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation.seeds import summarise_runs
 from reidctl.runs import Run, digest
-from reidctl.stages.against import EVALUATED, check_same_evaluation, evaluated, selected_on
+from reidctl.stages.against import EVALUATED, check_same_evaluation, evaluated, is_given, selected_on
 
 STAGE = "seeds"
 # Recorded, but no other recipe: the kind of machine (said in a note) and which epochs are kept.
 _NOT_RECIPE = frozenset({"seed", "device", "train.keep_epochs"})
+# What else decides the numbers of an evaluation, and the flag that sets it.
+_MEASURED = {"measure": "protocol", "cutoffs": "ranks", "rerank": "rerank", "weight": "weight", "seed": "seed"}
 
 
 def run(run: Run, others: Sequence[Run], *, force: bool = False) -> dict[str, Any]:
@@ -32,25 +34,26 @@ def run(run: Run, others: Sequence[Run], *, force: bool = False) -> dict[str, An
 
     Raises:
         UsageError: a run is named twice.
-        DataError: a run is not trained or not evaluated; recipes, training data or evaluations differ; a seed or the
-            weights of a model occur twice.
+        DataError: a run is not trained or not evaluated, or on given embeddings; recipes, training data or what was
+            measured differ; a seed or the weights of a model occur twice.
     """
     runs = [run, *others]
     _check_paths(runs)
     trained = {one.path: one.require("finetune") for one in runs}
     runs.sort(key=lambda one: (int(trained[one.path]["settings"]["seed"]), str(one.path.resolve())))
     records = [trained[one.path] for one in runs]
-    measured = [evaluated(one) for one in runs]
+    measured = [_own_evaluation(one) for one in runs]
     for index in range(1, len(runs)):
         _check_same_training(runs[0], records[0], runs[index], records[index])
         check_same_evaluation(runs[0], measured[0], runs[index], measured[index])
+        _check_same_measure(runs[0], measured[0], runs[index], measured[index])
     _check_distinct(runs, records)
     names = [str(one.path) for one in runs]
     listed = [
         {"run": str(one.path.resolve()), "seed": int(record["settings"]["seed"]), "model": _weights(record)}
         for one, record in zip(runs, records, strict=True)
     ]
-    settings = {"runs": listed}
+    settings = {"runs": listed, "training": [record["fingerprint"] for record in records]}
     inputs = {f"metrics.{place}": digest(one.table(EVALUATED, "metrics")) for place, one in enumerate(runs)}
     current = None if force else run.up_to_date(STAGE, settings, inputs)
     if current is not None:
@@ -72,7 +75,7 @@ def run(run: Run, others: Sequence[Run], *, force: bool = False) -> dict[str, An
             "split": measured[0]["settings"]["split"],
             "runs": listed,
             "rows": _rows(found[found["condition"].isin(set(own))], metrics, listed),
-            "notes": _notes(runs, records),
+            "notes": _notes(runs, records, measured),
         },
     )
     return {**record, "status": "done"}
@@ -83,6 +86,33 @@ def _check_paths(runs: Sequence[Run]) -> None:
     twice = [path for path in paths if paths.count(path) > 1]
     if twice:
         raise UsageError(f"{twice[0]} is named twice.", hint="Name each run once; --run is one of them.")
+
+
+def _own_evaluation(run: Run) -> dict[str, Any]:
+    """The record of the evaluation of the run's own model."""
+    record = evaluated(run)
+    if is_given(record):
+        raise DataError(
+            f"{run.path} was evaluated on given embeddings, which no seed of its training is known to have made.",
+            hint=f"Run `reidctl evaluate --run {run.path}` without --embeddings.",
+        )
+    return record
+
+
+def _check_same_measure(first: Run, one: Mapping[str, Any], second: Run, two: Mapping[str, Any]) -> None:
+    """Refuse evaluations of one split and data that measured it in other ways: they have no mean."""
+    for name, flag in _MEASURED.items():
+        here, there = (_in_order(record["settings"].get(name)) for record in (one, two))
+        if here != there:
+            raise DataError(
+                f"The evaluations of {first.path} and {second.path} differ in `{name}`: {here} and {there}.",
+                hint=f"Evaluate all runs with the same --{flag}.",
+            )
+
+
+def _in_order(value: Any) -> Any:
+    """A setting; of a list the order decides nothing."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def _weights(record: Mapping[str, Any]) -> str:
@@ -164,7 +194,9 @@ def _summary(found: pd.DataFrame) -> dict[str, dict[str, float]]:
     return summary
 
 
-def _notes(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(
+    runs: Sequence[Run], records: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]
+) -> list[str]:
     notes = []
     if len(runs) == 1:
         notes.append("One run: no standard deviation.")
@@ -174,7 +206,7 @@ def _notes(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> list[st
             f"{len(runs)} runs with the same recipe and training data, different seeds and different weights; std is "
             f"the spread of single runs (n - 1), of which {len(runs)} runs tell no more than ± {error:.0f} %."
         )
-    selected = sorted({selected_on(one) for one in runs})
+    selected = sorted({selected_on(one, record) for one, record in zip(runs, measured, strict=True)})
     notes.append(f"The epochs were chosen on: {', '.join(selected)}.")
     for name, values in (
         ("kinds of device", {str(record["settings"].get("device")) for record in records}),

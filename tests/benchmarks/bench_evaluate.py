@@ -10,8 +10,8 @@ Compared at the sizes of public test sets, and of 10,000 queries among 1,000,000
             outline), over 256 queries at a time, where the original takes all at once; `~` marks seconds scaled up
             from fewer queries
 Vectors are random. `trained`: those of one person share a centre, and rank-1 is neither 0 nor 1. `random`: they share
-nothing, so positives lie anywhere in the ranking, the worst case. Every case runs in its own process, so that its peak
-memory is its own; MB is the growth over the vectors.
+nothing, so positives lie anywhere in the ranking. `collapsed`: all are nearly equal, the worst case. Every case runs in
+its own process, so that its peak memory is its own; MB is the growth over the vectors.
 """
 
 import argparse
@@ -46,6 +46,9 @@ def problem(name, data="trained"):
         if data == "trained":
             values *= 2.2
             values += centre[person]
+        if data == "collapsed":
+            values *= 1e-6
+            values += centre[0]
         for start in range(0, len(values), 65_536):  # no second copy of the gallery
             part = values[start : start + 65_536]
             part /= np.linalg.norm(part, axis=1, keepdims=True)
@@ -126,7 +129,7 @@ def run(context, *case):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["cuhk", "icfg", "market"])
-    parser.add_argument("--data", nargs="+", choices=["trained", "random"], default=["trained"])
+    parser.add_argument("--data", nargs="+", choices=["trained", "random", "collapsed"], default=["trained"])
     parser.add_argument("--what", nargs="+", choices=["evaluate", "argsort"], default=["evaluate", "argsort"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)

@@ -1,7 +1,11 @@
 """The flags of `reidctl evaluate`, through the command line, on one small run."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -71,8 +75,10 @@ def test_re_ranking_image_text_and_single_shot_rows_are_named(chain, tmp_path):
     found = cli("evaluate", "--run", run, "--json", *more, "--ranks", "1,2").json
     rows = {name: set(part["rows"]) for name, part in found["tables"].items()}
     assert {name.split(":")[0] for name in rows} == {"i2i", "it2i"}
-    (i2i,) = (names for key, names in rows.items() if key.startswith("i2i"))
-    assert {"standard", "rerank-3/2/0.3", "single-shot", "chance", "shuffled"} <= i2i
+    assert {"standard", "rerank-3/2/0.3", "chance", "shuffled"} <= rows["i2i:synthped-a"]
+    assert rows["i2i:synthped-a:single-shot"] == {"single-shot", "single-shot-chance"}
+    one_each = found["tables"]["i2i:synthped-a:single-shot"]
+    assert one_each["gallery"] < found["tables"]["i2i:synthped-a"]["gallery"]
     table = tables.read_table(run / "evaluate" / "metrics.parquet", "metrics")
     assert {"rank1", "rank2", "rank5"} <= set(table["metric"])
     queries = tables.read_table(run / "evaluate" / "queries.parquet", "queries")
@@ -175,3 +181,50 @@ def test_given_embeddings_are_evaluated_without_a_model(tmp_path):
     frame.to_parquet(path)
     refused(3, "mine.parquet", args=("evaluate", "--run", tmp_path / "run", "--embeddings", path))
     assert json.loads((tmp_path / "run" / "evaluate" / "stage.json").read_text())["metrics"]["i2i"]["rank1"] > 0.9
+
+
+def test_an_analysis_takes_the_evaluation_that_is_there(pair, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pair / "one", run)
+    more = ("--protocol", "t2i", "--rerank", "3/2/0.3")
+    assert cli("evaluate", "--run", run, *more).code == 0
+    before = (run / "evaluate" / "stage.json").read_bytes()
+    assert cli("evaluate", "--run", run, "--setting", "typos").code == 0
+    assert (run / "evaluate" / "stage.json").read_bytes() == before
+    assert cli("evaluate", "--run", run).code == 0  # asked for itself, it is measured as asked
+    assert (run / "evaluate" / "stage.json").read_bytes() != before
+
+
+def test_a_training_that_ends_with_the_same_weights_but_chose_on_test_is_measured_anew(chain, tmp_path):
+    run, data = tmp_path / "run", chain.run / "data"
+    args = ("--data", data, "--captions", chain.run / "caption" / "captions.parquet", "--run", run)
+    assert cli("finetune", *ONE_EPOCH, *args).code == 0
+    assert "flatter" not in shown(cli("evaluate", *args))
+    assert cli("finetune", *ONE_EPOCH, "--set", "train.select=test", *args).code == 0
+    assert "flatter" in shown(cli("evaluate", *args))
+
+
+def test_the_example_of_the_docs_writes_an_archive_and_a_table_that_are_measured_alike(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found = [
+        cli("evaluate", "--run", tmp_path / name, "--embeddings", tmp_path / f"mine.{name}", "--json").json["metrics"]
+        for name in ("npz", "parquet")
+    ]
+    assert found[0]["i2i"]["mAP"] > 0.9
+    assert found[0]["i2i"]["mAP"] == pytest.approx(found[1]["i2i"]["mAP"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.csv", b"a,b\n", "neither a Parquet table nor a .npz archive"),
+        ("x.npy", b"\x93NUMPY", "neither a Parquet table nor a .npz archive"),
+        ("folder", None, "is a folder"),
+    ],
+)
+def test_files_that_hold_no_embeddings_are_refused_with_what_would_do(name, content, words, tmp_path):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    refused(3, words, "Given embeddings", args=("evaluate", "--run", tmp_path / "run", "--embeddings", path))

@@ -1,12 +1,16 @@
 import json
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import pandas as pd
 import pytest
 
+from reidctl import tables
 from reidctl.evaluation.comparison import SIZES, Context, compare, context_of
+from reidctl.evaluation.origin import mark
 from reidctl.evaluation.published import comparison
-from reidctl.runs import Run
+from reidctl.runs import Run, digest
 
 LIKE_BDAM = Context(
     data="cuhk-pedes",
@@ -162,6 +166,11 @@ def test_rows_of_another_protocol_are_flagged():
     assert "cloth-changing follow another protocol" in reasons(**{"cloth-changing": {"rank1": [0.2, 0.1, 0.3]}})
 
 
+def test_chance_in_single_shot_galleries_is_no_row_of_ours():
+    found = shown(**{name: {"rank1": [0.2, 0.1, 0.3]} for name in ("single-shot", "single-shot-chance")})
+    assert [row[0] for row in found.rows if row[1] == "this run"] == ["ours", "ours, single-shot"]
+
+
 def test_published_rows_with_re_ranking_say_so():
     found = shown(dataset="msmt17", direction="i2i", queries=11659, gallery=82161, people=3060)
     again = [row for row in found.rows if "re-ranked" in row[0]]
@@ -203,21 +212,40 @@ def trained_run(folder, *, data, command=("reidctl", "finetune", "--recipe", "ir
     run = Run(folder)
     settings = {"seed": 3, "backbone": {"spec": "clip:tiny"}, "train": {"shuffle_labels": False, **training}}
     extra = {"data": str(data), "method": "irra", "best_epoch": 4, "epochs": 9, "selected_on": "val"}
-    record = run.finish("finetune", settings=settings, inputs={}, outputs=[], started=datetime.now(UTC), extra=extra)
+    inputs = inputs_of(data)
+    record = run.finish(
+        "finetune", settings=settings, inputs=inputs, outputs=[], started=datetime.now(UTC), extra=extra
+    )
     path = run.stage_dir("finetune") / "stage.json"
     path.write_text(json.dumps({**record, "command": list(command)}))
     return run
 
 
-def dataset(folder, source, settings=None, **extra):
+def inputs_of(folder):
+    """What a stage records of a data folder."""
+    return {"images": digest(folder / "images.parquet")}
+
+
+def dataset(folder, source, settings=None, *, pictures=None, names=("cuhk-pedes",), **extra):
+    """A data folder with one image of each dataset, by default inside it."""
     run = Run(folder.parent)
+    facts = {"width": 8, "height": 16, "split": "test"}
+    rows = [
+        {
+            **facts, "image_id": f"{name}:1", "path": str((pictures or folder) / f"{name}.png"), "dataset": name,
+            "person_id": f"{name}:{folder.parent.name}", "sha256": f"{name}-{source}",
+        }
+        for name in names
+    ]  # fmt: skip
+    tables.write_table(folder / "images.parquet", "images", pd.DataFrame(rows))
     extra = {"source": source, **extra}
     run.finish(folder.name, settings=settings or {}, inputs={}, outputs=[], started=datetime.now(UTC), extra=extra)
     return folder
 
 
 def measured(folder, **settings):
-    return {"data": str(folder), "split": "test", "settings": {"query": "caption", **settings}}
+    asked = {"query": "caption", **settings}
+    return {"data": str(folder), "split": "test", "settings": asked, "inputs": inputs_of(folder)}
 
 
 def test_the_context_is_read_from_the_records_of_the_run(tmp_path):
@@ -245,20 +273,47 @@ def test_the_context_is_read_from_the_records_of_the_run(tmp_path):
 def test_layouts_of_rendered_people_stay_rendered_whatever_they_are_called(tmp_path):
     home = dataset(tmp_path / "synth" / "data", "synthped")
     root = home / "layouts" / "synthped-a" / "cuhk-pedes" / "CUHK-PEDES"
-    data = dataset(tmp_path / "b" / "data", "cuhk-pedes", root=root.as_posix())
-    assert context_of(trained_run(tmp_path / "b", data=data), measured(data)).rendered
-    other = dataset(tmp_path / "c" / "data", "cuhk-pedes", root=(tmp_path / "photos").as_posix())
-    assert not context_of(trained_run(tmp_path / "c", data=other), measured(other)).rendered
+    copied = tmp_path / "elsewhere" / "CUHK-PEDES"
+    copied.mkdir(parents=True)
+    mark(copied)
+    linked = tmp_path / "linked"
+    linked.symlink_to(copied)
+    for name, place in (("in-place", root), ("copied", copied / "imgs"), ("linked", linked / "imgs")):
+        data = dataset(tmp_path / name / "data", "cuhk-pedes", pictures=place)
+        found = context_of(trained_run(tmp_path / name, data=data), measured(data))
+        assert found.rendered_datasets == ("cuhk-pedes",)
+        assert "The people are rendered, not photographed." in reasons(found)
+        assert "of other datasets" in shown(found).footnotes[-1]
+    other = dataset(tmp_path / "c" / "data", "cuhk-pedes", pictures=tmp_path / "photos")
+    found = context_of(trained_run(tmp_path / "c", data=other), measured(other))
+    assert not found.rendered_datasets and "rendered" not in reasons(found)
+
+
+def test_the_record_says_which_datasets_of_a_combination_are_rendered(tmp_path):
+    names = ("cuhk-pedes", "icfg-pedes")
+    data = dataset(tmp_path / "j" / "data", "combine", names=names, rendered=["icfg-pedes"])
+    found = context_of(trained_run(tmp_path / "j", data=data), measured(data))
+    assert "rendered" not in reasons(found) and "rendered" in reasons(found, dataset="icfg-pedes")
+
+
+def test_a_copy_of_the_training_data_is_no_other_dataset_and_new_contents_are(tmp_path):
+    data = dataset(tmp_path / "k" / "data", "cuhk-pedes", pictures=tmp_path)
+    run = trained_run(tmp_path / "k", data=data)
+    copied = shutil.copytree(run.path, tmp_path / "k3")
+    assert not context_of(Run(copied), measured(copied / "data")).other_data
+    dataset(data, "rstpreid", pictures=tmp_path)
+    assert context_of(run, measured(data)).other_data, "imported again into the same folder"
 
 
 def test_degraded_other_and_combined_data_are_recognised(tmp_path):
     home = dataset(tmp_path / "d" / "data", "synthped")
     spoilt = dataset(
-        tmp_path / "e" / "data", "degrade", {"degrade": {"kind": "typo", "level": 0.3}}, root=home.as_posix()
+        tmp_path / "e" / "data", "degrade", {"degrade": {"kind": "typo", "level": 0.3}}, pictures=home / "images"
     )
     joined = dataset(tmp_path / "f" / "data", "combine")
     found = context_of(trained_run(tmp_path / "g", data=joined), measured(spoilt))
-    assert found.degraded == "typo, level 0.3" and found.other_data and found.combined and found.rendered
+    assert found.degraded == "typo, level 0.3" and found.other_data and found.combined
+    assert found.rendered_datasets == ("cuhk-pedes",)
     assert "The captions were degraded (typo, level 0.3)." in reasons(found)
 
 
@@ -273,8 +328,8 @@ def test_of_given_embeddings_nothing_is_known(tmp_path):
 def test_a_damaged_record_near_the_images_says_nothing(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "stage.json").write_text("{")
-    data = dataset(tmp_path / "h" / "data", "folder", root=(tmp_path / "photos" / "sub").as_posix())
-    assert not context_of(trained_run(tmp_path / "h", data=data), measured(data)).rendered
+    data = dataset(tmp_path / "h" / "data", "folder", pictures=tmp_path / "photos" / "sub")
+    assert not context_of(trained_run(tmp_path / "h", data=data), measured(data)).rendered_datasets
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,17 @@ from markdown_it import MarkdownIt
 
 from reidctl.evaluation.comparison import Context, compare
 from reidctl.evaluation.render import (
-    LABELS,
     Grid,
     caption,
     escape_latex,
     escape_markdown,
     interval,
-    label,
     latex,
     markdown,
     one_line,
     percent,
 )
+from reidctl.naming import LABELS, label
 
 HOSTILE = [
     "a_b&%$#{}~^\\",

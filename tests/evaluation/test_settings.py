@@ -1,13 +1,15 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 
 from reidctl.datasets.degrade import degrade
 from reidctl.errors import DataError, UsageError
+from reidctl.evaluation.exchange import conflicting_donors
 from reidctl.evaluation.settings import (
     IMAGE_SETTINGS,
     SETTINGS,
     TEXT_SETTINGS,
-    conflicting_donors,
     degrade_image,
     degrade_texts,
     level_of,
@@ -90,6 +92,46 @@ def test_clothes_conflict_solves_a_tight_case_and_is_quick_to_refuse_an_impossib
     with pytest.raises(DataError, match="nobody different"):
         conflicting_donors(["red"] * 600 + [f"c{i}" for i in range(400)], [f"p{i}" for i in range(1000)])
     assert len(conflicting_donors([], [])) == 0
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_clothes_conflict_finds_the_exchange_of_people_who_all_wear_two_texts(seed):
+    # Everybody owns an "a" and a "b": swaps of two can end where the last misfits belong to one person.
+    clothing, people = ["a", "b"] * 20, [f"p{i // 2}" for i in range(40)]
+    donors = conflicting_donors(clothing, people, seed=seed)
+    assert sorted(donors) == list(range(40))
+    assert all(people[i] != people[d] and clothing[i] != clothing[d] for i, d in enumerate(donors))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_clothes_conflict_finds_the_exchange_of_few_people_with_many_queries(seed):
+    # Four people with fifty queries in either text: many misfits are left that no swap of two mends.
+    clothing, people = ["a", "b"] * 200, [f"p{i // 100}" for i in range(400)]
+    donors = conflicting_donors(clothing, people, seed=seed)
+    assert sorted(donors) == list(range(400))
+    assert all(people[i] != people[d] and clothing[i] != clothing[d] for i, d in enumerate(donors))
+
+
+def test_clothes_conflict_is_refused_exactly_where_trying_everything_finds_nothing():
+    rng, refused = np.random.default_rng(5), 0
+    for _ in range(400):
+        count = int(rng.integers(1, 7))
+        people = [f"p{n}" for n in rng.integers(0, 4, count)]
+        clothing = [f"c{n}" for n in rng.integers(0, 4, count)]
+        outfits = [None if n == 0 else f"o{n}" for n in rng.integers(0, 5, count)]
+
+        def fits(i, d, values=(people, clothing, outfits)):
+            return all(part[i] is None or part[i] != part[d] for part in values)
+
+        possible = any(all(fits(i, d) for i, d in enumerate(order)) for order in permutations(range(count)))
+        if not possible:
+            refused += 1
+            with pytest.raises(DataError, match="nobody different"):
+                conflicting_donors(clothing, people, outfits=outfits)
+            continue
+        donors = conflicting_donors(clothing, people, outfits=outfits)
+        assert sorted(donors) == list(range(count)) and all(fits(i, d) for i, d in enumerate(donors))
+    assert 50 < refused < 350
 
 
 def test_clothes_conflict_keeps_identity_and_exchanges_clothing():

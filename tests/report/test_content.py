@@ -48,7 +48,7 @@ def metrics():
 def test_metric_groups_put_text_to_image_and_the_model_first():
     groups = content.metric_groups(metrics())
     assert [group["title"].split(",")[0] for group in groups] == ["Text to image", "Image to image"]
-    assert [row["name"] for row in groups[0]["rows"]] == ["this model", "chance"]
+    assert [row["name"] for row in groups[0]["rows"]] == ["model", "chance"]
     assert groups[0]["metrics"] == ["rank-1", "mAP"]
     assert groups[0]["rows"][0]["cells"][0] == content.Cell(0.5)
     assert groups[0]["rows"][0]["queries"] == "1,000"

@@ -99,7 +99,7 @@ def test_reduced_precision_products_are_switched_off_while_ranking():
     try:
         torch.set_float32_matmul_precision("medium")
         with full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"
         q, g = near_ties(5)
         person = np.zeros(len(q)), np.arange(len(g)) % 9
@@ -209,10 +209,70 @@ def test_levels_are_called_crowded_where_most_scores_lie_above_them():
     assert crowded_levels(scores, high) == 0
 
 
-@pytest.mark.parametrize(("items", "count"), [(1, 1), (5, 9), (30, 30), (800, 50), (801, 50), (4096, 50), (2400, 50), (290, 6)])
+@pytest.mark.parametrize(
+    ("items", "count"), [(1, 1), (5, 9), (30, 30), (800, 50), (801, 50), (4096, 50), (2400, 50), (290, 6)]
+)
 def test_the_first_bound_is_reached_by_enough_items(items, count):
     scores = torch.randn(7, items, generator=torch.Generator().manual_seed(items))
     reached = _reached(scores, count)
     assert ((scores >= reached[:, None]).sum(1) >= min(items, count)).all()
     if items >= 48 * count:  # and by few more: else everything would be computed exactly
         assert ((scores >= reached[:, None]).sum(1) < 2 * count).all()
+
+
+@pytest.mark.parametrize("spread", [1e-9, 1e-6, 1.0])
+@pytest.mark.parametrize("people", [3, 40])  # 100 and 8 positives of a query: searched and compared with each
+def test_blocks_computed_exactly_as_a_whole_count_the_same(spread, people, monkeypatch):
+    q, g = near_ties(people, gallery=300, spread=spread)
+    rng = np.random.default_rng(9)
+    labels = dict(query_person=rng.integers(0, people, len(q)), gallery_person=rng.integers(0, people, len(g)))
+    labels |= dict(query_camera=rng.integers(0, 2, len(q)), gallery_camera=rng.integers(0, 2, len(g)))
+    found = []
+    for whole in (lambda start: False, lambda start: True, lambda start: start in (0, 128), lambda start: start == 64):
+        monkeypatch.setattr(exact, "is_crowded", lambda block, levels, best, whole=whole: whole(block.start))
+        result = evaluate_ranking(q, g, **labels, exclude="same_camera", gallery_block=64, top=30)
+        queries = result.queries
+        parts = (queries.average_precision, queries.inp, queries.first_match, result.index, result.score)
+        found.append([part.tobytes() for part in parts])
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_a_collapsed_model_is_counted_block_by_block_in_float64(monkeypatch):
+    q, g = near_ties(1, queries=30, gallery=900, spread=1e-9)
+    seen = []
+    whole = exact.take_in_whole
+    monkeypatch.setattr(exact, "take_in_whole", lambda block, *rest: (seen.append(block.start), whole(block, *rest)))
+    monkeypatch.setattr(Block, "exact", lambda *_: pytest.fail("looked at single pairs"))
+    evaluate_ranking(q, g, query_person=np.zeros(30), gallery_person=np.arange(900) % 50, gallery_block=300, top=5)
+    assert seen == [0, 300, 600]
+
+
+def test_a_healthy_model_is_not_counted_in_float64():
+    rng = np.random.default_rng(1)
+    q, g = unit(rng.normal(size=(50, 64))), unit(rng.normal(size=(900, 64)))
+    person = np.arange(50), np.arange(900) % 50
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "take_in_whole", lambda *_: pytest.fail("not crowded"))
+        evaluate_ranking(q, g, query_person=person[0], gallery_person=person[1], gallery_block=450, top=5)
+
+
+@pytest.mark.parametrize("setting", ["tf32", "bf16", "none"])
+def test_a_precision_set_by_the_new_switches_is_respected_and_restored(setting):
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = setting
+        q, g = near_ties(5)
+        fast = search(q, g, top=9)
+        assert backend.fp32_precision == setting
+        backend.fp32_precision = "ieee"
+        assert fast[0].tobytes() == search(q, g, top=9)[0].tobytes()
+    finally:
+        backend.fp32_precision = before
+
+
+def test_search_without_any_positive_and_without_a_top():
+    q, g = near_ties(2)
+    assert search(q, g, top=0)[0].shape == (len(q), 0)
+    found = evaluate_ranking(q, g, query_person=["a"] * len(q), gallery_person=["b"] * len(g), top=0)
+    assert found.queries.skipped == len(q)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
 from reidctl.metrics import METRICS, chance, distinct_query_ceiling
 from reidctl.retrieval.exact import evaluate_ranking, search
 from reidctl.retrieval.products import Gallery, lattice
@@ -335,3 +335,18 @@ def test_an_exclusion_without_its_labels_is_refused():
             gallery_person=list("ab"),
             exclude="same_camera",
         )
+
+
+@pytest.mark.parametrize("sizes", [{"top": -1}, {"query_block": 0}, {"gallery_block": 0}])
+def test_sizes_that_mean_nothing_are_refused(sizes):
+    one = np.eye(2, dtype=np.float32)
+    with pytest.raises(UsageError, match="top="):
+        search(one, one, **sizes)
+    with pytest.raises(UsageError, match="top="):
+        evaluate_ranking(one, one, query_person=list("ab"), gallery_person=list("ab"), **sizes)
+
+
+def test_a_list_of_people_of_the_wrong_length_is_named():
+    one = np.eye(2, dtype=np.float32)
+    with pytest.raises(DataError, match="query person labels has 1 for 2"):
+        evaluate_ranking(one, one, query_person=["a"], gallery_person=list("ab"))

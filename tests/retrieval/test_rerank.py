@@ -254,6 +254,33 @@ def test_memory_stays_below_the_stated_bound(items, preset, width):
     assert used < 8 * items**2
 
 
+def hubs(items, width=64, count=60):
+    """Vectors far from one another, all near a few hubs, which are in everybody's lists."""
+    rng = np.random.RandomState(0)
+    centre = np.eye(1, width)
+    far = rng.standard_normal((items, width))
+    values = 1.2 * centre + far / np.linalg.norm(far, axis=1, keepdims=True)
+    values[:count] = centre + 0.02 * rng.standard_normal((count, width))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_the_buffers_of_one_query_stay_below_their_stated_bound_where_hubs_are_everywhere():
+    values = hubs(3000)
+    reranked = built(values[-5:], values[:-5], PRESETS["zhong"])
+    gallery, most = len(values) - 5, 0
+    for number in range(5):
+        mine = reranked._rows.indices[slice(*reranked._rows.indptr[number : number + 2])]
+        touched = int(np.diff(reranked._columns.indptr)[mine].sum())
+        assert touched <= gallery * len(mine)
+        tracemalloc.start()
+        reranked._jaccard(number)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert used < 40 * touched + 40 * gallery + 20_000
+        most = max(most, touched)
+    assert most > 2 * gallery  # the case that the bound is about
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -265,6 +292,8 @@ def test_memory_stays_below_the_stated_bound(items, preset, width):
         (lambda c: c["query"].__setitem__(2, 0), "query vector in row 2 has length 0"),
         (lambda c: c["gallery_id"].__setitem__(4, "g00003"), "gallery id g00003 occurs 2 times"),
         (lambda c: c["query_id"].__setitem__(4, "q00003"), "query id q00003 occurs 2 times"),
+        (lambda c: c["query_id"].pop(), "query id labels has 11 for 12 items"),
+        (lambda c: c["gallery_id"].append("g"), "gallery id labels has 91 for 90 items"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
@@ -290,6 +319,22 @@ def test_both_parameter_sets_in_use_have_names():
     assert {preset.name for preset in PRESETS.values()} == {"20/6/0.3", "50/15/0.3"}
     assert parse("clip-reid") == parse("50/15/0.30") == Parameters(50, 15, 0.3)
     assert parse("zhong") == parse("20/6/0.3")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("20/6/0.3000001", "20/6/0.3000001"),
+        ("020/6/.30", "20/6/0.3"),
+        ("20/6/1", "20/6/1"),
+        ("20/6/0", "20/6/0"),
+        ("20/6/-0", "20/6/0"),
+        ("20/6/1e-7", "20/6/1e-07"),
+    ],
+)
+def test_different_parameters_have_different_names_and_a_name_is_read_back(text, name):
+    assert parse(text).name == name
+    assert parse(name) == parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "20/6", "20/6/x", "20.5/6/0.3", "0/6/0.3", "20/0/0.3", "20/6/1.5", "20/6/nan"])

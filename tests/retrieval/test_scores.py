@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
 from reidctl.metrics import chance
 from reidctl.retrieval.exact import evaluate_ranking
 from reidctl.retrieval.labels import SamePerson, keys_of, tie_order
@@ -153,6 +153,47 @@ def test_nan_and_wrong_shapes_are_refused_by_name(scores, message):
 def test_a_rule_without_its_label_is_refused():
     with pytest.raises(DataError, match="exclude=same_camera needs"):
         ranked(np.zeros((1, 1)), query_person=["a"], gallery_person=["a"], exclude="same_camera")
+
+
+def test_a_tuple_is_one_label():
+    people = {"query_person": [(1, "a"), (2, "a")], "gallery_person": [(1, "a"), (1, "b"), (2, "a"), None]}
+    found = ranked(np.ones((2, 4)), gallery_id=[(0, 1), (0, 0), (1, 0), (1, 1)], **people)
+    assert found.queries.matches.tolist() == [1, 1]
+    assert found.index.tolist() == [[1, 0, 2, 3]] * 2  # by the ids as texts
+    alone = ranked(np.ones((1, 1)), query_person=[(1, 2)], gallery_person=[(1, 2)])
+    assert alone.queries.matches.tolist() == [1]
+
+
+LISTS = ["query_person", "gallery_person", "query_camera", "gallery_camera", "gallery_id", "query_id", "query_outfit"]
+
+
+@pytest.mark.parametrize("change", [lambda labels: labels[:-1], lambda labels: [*labels, labels[0]]])
+@pytest.mark.parametrize("name", [*LISTS, "gallery_outfit"])
+def test_a_list_of_labels_of_the_wrong_length_is_named(name, change):
+    known = labels(np.random.default_rng(0), 6, 8)
+    known[name] = change(known[name])
+    rule = {"camera": "same_camera", "outfit": "same_outfit", "id": "same_item"}.get(name.split("_")[1], "none")
+    count = 6 if name.startswith("query") else 8
+    side, kind = name.split("_")
+    called = f"{side} {'item' if name == 'query_id' else kind}"
+    with pytest.raises(DataError, match=f"list of the {called} labels has {len(known[name])} for {count} items"):
+        ranked(np.zeros((6, 8)), **known, exclude=rule)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"exclude": "same_hat"}, UsageError, "no rule exclude=same_hat.*Known: none, same_camera"),
+        ({"top": -1}, UsageError, "top=-1"),
+        ({"query_block": 0}, UsageError, "query_block=0"),
+        ({"query_block": -3}, UsageError, "query_block=-3"),
+        ({"query_person": [["a"]]}, DataError, "person labels cannot be compared.*texts or numbers"),
+        ({"query_person": np.zeros((1, 2))}, DataError, r"shape \(1, 2\)"),
+    ],
+)
+def test_an_impossible_request_is_refused_by_name(change, error, message):
+    with pytest.raises(error, match=message):
+        ranked(np.zeros((1, 1)), **{"query_person": ["a"], "gallery_person": ["a"], **change})
 
 
 @pytest.mark.parametrize("exclude", RULES)

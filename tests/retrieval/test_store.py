@@ -163,6 +163,43 @@ def test_files_of_different_width_are_refused_with_both_widths(tmp_path):
         gather([parquet_source(path) for path in files])
 
 
+def pieces_of(values, steps):
+    """The rows of a matrix in pieces of the given sizes, as a reader that drops rows yields them."""
+    starts = np.cumsum([0, *steps])
+    assert starts[-1] == len(values)
+    return [(np.full(n, values.shape[1]), values[a : a + n].reshape(-1)) for a, n in zip(starts, steps, strict=False)]
+
+
+@pytest.mark.parametrize("steps", [(0, 5), (2, 0, 3), (5, 0), (0, 0, 1, 0, 4, 0)])
+def test_a_piece_without_rows_may_stand_anywhere(steps):
+    values = unit(5, 3)
+    source = store.Source("one", frame(values).drop(columns="embedding"), pieces_of(values, steps))
+    nothing = store.Source("none", frame(values[:0]).drop(columns="embedding"), pieces_of(values[:0], (0, 0)))
+    for sources in ([source], [nothing, source]):
+        fresh = [store.Source(one.name, one.rows, list(one.pieces)) for one in sources]
+        assert gather(fresh).vectors.tobytes() == values.tobytes()
+    assert len(gather([nothing])) == 0
+
+
+@pytest.mark.parametrize("steps", [(6,), (2, 4), (3, 3)])
+def test_dropped_rows_take_their_numbers_with_them_also_where_widths_differ(steps):
+    dropped = np.array([True, True, False, True, False, True])
+    widths, numbers = np.array([2, 3, 2, 0, 2, 1]), np.arange(10, dtype=np.float32)
+    place, row, pieces = np.cumsum([0, *widths]), 0, []
+    for n in steps:
+        pieces.append((widths[row : row + n], numbers[place[row] : place[row + n]]))
+        row += n
+    rows = frame(unit(6, 2)).drop(columns="embedding")
+    table = gather([store.without(store.Source("one", rows, pieces), dropped)])
+    assert table.rows["item_id"].tolist() == ["i2", "i4"]
+    assert table.vectors.tolist() == [[5, 6], [7, 8]]
+
+
+def test_vectors_of_width_zero_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"row 0 \(i0\) has no vector; 3 such"):
+        read_embeddings(save(tmp_path / "e.parquet", np.zeros((3, 0))))
+
+
 def test_vectors_that_no_memory_can_hold_are_refused_with_their_size():
     with pytest.raises(DataError, match=r"10,000,000,000,000 vectors of width 512 need 19073486\.3 GiB"):
         store._allocated(10**13, 512)

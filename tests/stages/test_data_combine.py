@@ -7,6 +7,8 @@ import pytest
 from cli.commandline import cli, refused
 
 from reidctl import tables
+from reidctl.evaluation.origin import MARKER
+from reidctl.runs import Run
 
 SYNTH = (
     "--people", 15, "--images-per-person", 4, "--size", "64x32", "--domain", "both", "--crossing", 6, "--workers", 1,
@@ -24,6 +26,34 @@ def sources(tmp_path_factory):
         result = cli("data", "import", format, layouts / dataset / format, "--run", home / format)
         assert result.code == 0, result.err
     return home
+
+
+@pytest.mark.covers(32)
+def test_rendered_people_stay_rendered_when_their_layouts_travel_and_are_combined(sources, tmp_path):
+    records = {name: Run(sources / name).record("data") for name in ("synth", "cuhk-pedes", "market-1501")}
+    assert records["synth"]["rendered"] == ["synthped-a", "synthped-b"]
+    assert records["cuhk-pedes"]["rendered"] == ["cuhk-pedes"]
+    layouts = sources / "synth" / "data" / "layouts"
+    # The folder that users know, without anything of the run around it, as a copy and as a link.
+    root = next(layouts.rglob("reid_raw.json")).parent
+    shutil.copytree(root, tmp_path / "CUHK-PEDES")
+    (tmp_path / "link").symlink_to(tmp_path / "CUHK-PEDES")
+    for name in ("CUHK-PEDES", "link"):
+        out = tmp_path / f"{name}-run"
+        assert cli("data", "import", "cuhk-pedes", tmp_path / name, "--run", out).code == 0
+        assert Run(out).record("data")["rendered"] == ["cuhk-pedes"]
+    # Photographs beside them are none; only the marker tells, so without it nobody knows.
+    shutil.copytree(tmp_path / "CUHK-PEDES", tmp_path / "photos")
+    (tmp_path / "photos" / MARKER).unlink()
+    assert cli("data", "import", "cuhk-pedes", tmp_path / "photos", "--run", tmp_path / "plain").code == 0
+    assert Run(tmp_path / "plain").record("data")["rendered"] == []
+    both = ("data", "combine", tmp_path / "plain", sources / "market-1501", "--run", tmp_path / "both")
+    assert cli(*both).code == 0
+    assert Run(tmp_path / "both").record("data")["rendered"] == ["market-1501"]
+    spoil = ("--kind", "typo", "--level", 0.2, "--split", "all")
+    result = cli("data", "degrade", "--from", tmp_path / "both", "--run", tmp_path / "spoilt", *spoil)
+    assert result.code == 0, result.err
+    assert Run(tmp_path / "spoilt").record("data")["rendered"] == ["market-1501"]
 
 
 def combined(home, out, *words):

@@ -1,10 +1,13 @@
 """Every kept epoch on the test split: the chosen one and the best one, side by side."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reidctl import tables
@@ -148,6 +151,61 @@ def test_an_index_of_the_chosen_model_is_not_taken_for_other_epochs(run):
     indexed = epochs.run(run, device="cpu", force=True)
     shutil.rmtree(run.stage_dir("index"))
     assert epochs.run(run, device="cpu", force=True)["rows"] == indexed["rows"]
+
+
+def test_weights_that_a_file_lacks_do_not_stay_those_of_the_epoch_before(run):
+    path = run.stage_dir("finetune") / "epochs" / "epoch-003.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    state = load_file(path)
+    left_out = sorted(state)[0]
+    save_file({name: value for name, value in state.items() if name != left_out}, path, facts)
+    with pytest.raises(DataError, match=rf"epoch-003.*missing \['{left_out}'\]"):
+        epochs.run(run, device="cpu")
+    save_file({**state, "another.layer": torch.zeros(2)}, path, facts)
+    with pytest.raises(DataError, match=r"unexpected \['another.layer'\]"):
+        epochs.run(run, device="cpu")
+
+
+def test_a_damaged_part_is_measured_again(run, monkeypatch):
+    expected = epochs.run(Run(shutil.copytree(run.path, run.path.with_name("whole"))), device="cpu")
+    monkeypatch.setattr(epochs, "_clear", lambda folder: None)
+    epochs.run(run, device="cpu")
+    part = sorted((run.stage_dir("epochs") / "parts").iterdir())[1]
+    part.write_bytes(part.read_bytes()[:-50])
+    run.unfinish("epochs")
+    assert epochs.run(run, device="cpu")["rows"] == expected["rows"]
+
+
+def test_other_data_and_texts_are_measured_where_they_are_named(run, tmp_path):
+    """The captions of other people are what the model is asked, not those of its own data."""
+    own = Path(run.require("finetune")["data"])
+    folder = tmp_path / "other"
+    shutil.copytree(own, folder)
+    captions = tables.read_table(folder / "captions.parquet", "captions")
+    captions["text"] = captions["text"].to_numpy()[::-1]
+    tables.write_table(folder / "captions.parquet", "captions", captions)
+    first = epochs.run(run, device="cpu")
+    assert epochs.run(run, data=own, device="cpu")["status"] == "up-to-date"
+    record = epochs.run(run, data=folder, device="cpu")
+    assert record["status"] == "done" and record["data"] == str(folder.resolve())
+    assert record["rows"] != first["rows"] and any("another dataset" in note for note in record["notes"])
+    with pytest.raises(DataError, match="No table of texts"):
+        epochs.run(run, captions=tmp_path / "none.parquet", device="cpu")
+    assert next(row["direction"] for row in record["rows"]) == "t2i"
+
+
+def test_a_copy_of_the_data_is_the_same_dataset_and_changed_tables_are_another(run, tmp_path):
+    own = Path(run.require("finetune")["data"])
+    copy = Path(shutil.copytree(own, tmp_path / "copy"))
+    assert not any("dataset" in note for note in find_subject(run, data=copy, device="cpu").notes)
+    captions = tables.read_table(copy / "captions.parquet", "captions")
+    tables.write_table(copy / "captions.parquet", "captions", captions.iloc[::-1].reset_index(drop=True))
+    assert any("another dataset" in note for note in find_subject(run, data=copy, device="cpu").notes)
+    path = run.stage_dir("finetune") / "stage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": str(copy.resolve())}))
+    (said,) = [note for note in find_subject(run, device="cpu").notes if "training" in note]
+    assert said == f"The tables of captions in {copy.resolve()} are no longer those of the training."
 
 
 def test_the_people_that_chose_the_epoch_are_named_on_val(run):

@@ -142,6 +142,38 @@ def test_a_killed_matrix_repeats_one_cell_at_most_and_a_further_model_costs_its_
     assert len(list((out.path / "matrix" / "parts").iterdir())) == 1
 
 
+def test_a_damaged_part_is_measured_again(home, out):
+    a, _ = runs(home)
+    first = matrix.run(out, [a], device="cpu")
+    (part,) = (out.path / "matrix" / "parts").iterdir()
+    for damage in (part.read_bytes()[:-20], b"\xff\xfe", b"[1]", b"{}"):
+        part.write_bytes(damage)
+        out.unfinish("matrix")
+        assert matrix.run(out, [a], device="cpu")["tables"] == first["tables"]
+
+
+@pytest.mark.covers(168)
+def test_a_model_is_at_home_where_it_saw_half_of_the_training_images_not_one(home, out, tmp_path):
+    """Datasets share single files; one of them makes no training domain."""
+    a, _ = runs(home)
+    own = tables.read_table(home / "data-a" / "images.parquet", "images")
+    own = own.loc[own["split"] == "train", "sha256"].to_numpy()
+    relations = {}
+    for count in (1, len(own) // 2):
+        folder = dataset(tmp_path / f"shared-{count}", "b")
+        images = tables.read_table(folder / "images.parquet", "images")
+        train = images.index[images["split"] == "train"]
+        assert len(train) == len(own)
+        images.loc[train[:count], "sha256"] = own[:count]
+        tables.write_table(folder / "images.parquet", "images", images)
+        record = matrix.run(out, [a], datasets=[folder], device="cpu")
+        relations[count] = shown(record)[1]["a", "b"]["relation"]
+        said = f"the model was trained on {count} of its {len(own)} training images, which counts as {relations[count]}"
+        assert any(said in note for note in record["notes"])
+        assert sum("training images" in note for note in record["notes"]) == 1, "all of its own is worth no note"
+    assert relations == {1: "cross", len(own) // 2: "same"}
+
+
 def test_the_run_s_own_model_is_the_first_row_and_copies_of_data_are_one_column(home, tmp_path):
     a, b = runs(home)
     mine = Run(shutil.copytree(b.path, tmp_path / "mine"))

@@ -99,6 +99,38 @@ def test_evaluations_that_measure_something_else_are_refused(three, tmp_path):
     refused(three[0], Run(tmp_path / "none"), "no finished `finetune` stage")
 
 
+@pytest.mark.covers(30)
+@pytest.mark.parametrize(
+    ("name", "here", "there", "flag"),
+    [
+        ("weight", 0.5, 0.9, "--weight"),
+        ("seed", 0, 1, "--seed"),
+        ("measure", ["t2i", "i2i"], ["t2i"], "--protocol"),
+        ("rerank", [], ["rerank-20/6/0.3"], "--rerank"),
+        ("cutoffs", None, [1, 3], "--ranks"),
+    ],
+)
+def test_evaluations_that_measured_in_another_way_have_no_mean(tmp_path, name, here, there, flag):
+    runs = [
+        make_evaluated(tmp_path / f"r{seed}", RANKS[seed], seed=seed, weights=f"w{seed}", evaluation={name: value})
+        for seed, value in enumerate((here, there))
+    ]
+    refused(*runs, f"differ in `{name}`: ", f"with the same {flag}.")
+
+
+def test_the_order_in_which_cutoffs_and_re_rankings_were_named_is_no_difference(tmp_path):
+    runs = [
+        make_evaluated(tmp_path / f"r{seed}", RANKS[seed], seed=seed, weights=f"w{seed}", evaluation={"cutoffs": ks})
+        for seed, ks in enumerate(([1, 5], [5, 1]))
+    ]
+    assert seeds.run(runs[0], runs[1:])["status"] == "done"
+
+
+def test_given_embeddings_are_of_no_seed(three):
+    make_evaluated(three[1].path, RANKS[1], seed=1, weights="w1", evaluation={"given": ["q.npz"], "model": None})
+    refused(three[0], three[1], "evaluated on given embeddings", "without --embeddings")
+
+
 def test_another_kind_of_device_is_said_and_not_refused(three, tmp_path):
     recipe = {**RECIPE, "device": "cuda", "train": {**RECIPE["train"], "keep_epochs": True}}
     gpu = make_evaluated(tmp_path / "gpu", RANKS[1], seed=1, weights="g", recipe=recipe)
