@@ -12,8 +12,10 @@ For D products summed in any order its error is at most γ_D Σ|q_i g_i| <= γ_D
 may trust it outside that margin and must ask for the exact score inside.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +34,7 @@ LONGEST = 1.001
 _SCALE = 2.0**26
 _PAIRS = 256  # pairs of vectors gathered at a time: they should fit the cache
 _FEW = 2048  # up to so many pairs, gathering them beats the set-up of the other ways
+_LARGE = 1 << 20  # truth values that are worth several threads
 _DENSE = 0.06  # share of all pairs above which multiplying everything in float64 is cheaper
 
 
@@ -172,9 +175,21 @@ def full_precision() -> Iterator[None]:
 
 def places(mask: torch.Tensor) -> torch.Tensor:
     """Return the flat positions where a contiguous mask is true, ascending."""
-    if mask.device.type == "cpu":  # four times faster than PyTorch's
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.view(-1).nonzero()[:, 0]
+    if mask.device.type != "cpu":
+        return mask.view(-1).nonzero()[:, 0]
+    flat = mask.numpy().reshape(-1)  # NumPy is four times faster than PyTorch here
+    threads = torch.get_num_threads()
+    if threads == 1 or len(flat) < _LARGE:
+        return torch.from_numpy(np.flatnonzero(flat))
+    parts = np.array_split(flat, threads)
+    found = list(_pool(threads).map(np.flatnonzero, parts))
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    return torch.from_numpy(np.concatenate([part + start for part, start in zip(found, starts, strict=True)]))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 def check_vectors(query: Matrix, gallery: Matrix) -> None:

@@ -181,9 +181,17 @@ def test_search_finds_the_best_of_a_gallery_sorted_from_worst_to_best():
     np.testing.assert_allclose(score[0], g[index[0], 0], atol=1e-7)
 
 
-def test_places_are_those_of_numpy():
-    mask = torch.rand(13, 17, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert places(mask).tolist() == np.flatnonzero(mask.numpy()).tolist()
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_places_are_those_of_numpy_with_any_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr(products, "_LARGE", 100)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for shape in ((13, 17), (1, 1), (2, 0)):
+            mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+            assert places(mask).tolist() == np.flatnonzero(mask.numpy()).tolist()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("lowest", [0, 1, 3, 6])
