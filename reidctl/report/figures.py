@@ -105,6 +105,7 @@ def metric_bars(metrics: pd.DataFrame, stem: Path) -> list[Path]:
 
 def _bar_colour(condition: str, number: int) -> str:
     fixed = {"standard": 0, "oracle": 2, "oracle-caption": 3, "histogram": 4, "chance": 7, "shuffled": 6}
+    fixed |= {"single-shot": 0, "single-shot-chance": 7}
     return SERIES[fixed.get(condition, 1 if number % 2 else 5)]
 
 
