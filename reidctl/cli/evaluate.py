@@ -103,8 +103,11 @@ def command(
     if level is not None and not setting:
         raise UsageError("`--level` is a part of the robustness settings.", hint="Add --setting typos, say.")
     analyses = {"--setting": setting, "--against": against, "--seeds": seeds, "--epochs": epochs, "--compare": compare}
-    _alone("--matrix", matrix, {"--embeddings": embeddings, "--protocol": protocol, "--rerank": rerank, **analyses})
-    _alone("--embeddings", embeddings, {"--protocol": protocol, "--setting": setting, "--epochs": epochs})
+    measured = {"--protocol": protocol, "--rerank": rerank, "--ranks": ranks, "--slices": slices}
+    _alone("--matrix", matrix, {"--embeddings": embeddings, "--captions": captions, **measured, **analyses})
+    own = {"--protocol": protocol, "--data": data, "--captions": captions, "--setting": setting, "--epochs": epochs}
+    _alone("--embeddings", embeddings, own)
+    _alone("--normalise", normalise, {"a trained model": not embeddings})
     o.prepare(None, None, seed, quiet)
     from reidctl.cli import evaluate_tables as shown
     from reidctl.runs import Run
