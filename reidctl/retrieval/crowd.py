@@ -18,7 +18,8 @@ _REAL = 1.5  # what stands for "no level" is higher
 _GROUP = 1024  # columns are filled up to a multiple: 128 words of 8 truth values, whose sums fit the bytes of a word
 _TILE = 64  # rows compared at a time: codes and truth values of some should fit the cache
 _SAMPLE = 16  # every so many columns of the first block tell how crowded a level is
-# Measured on one core (tests/benchmarks/bench_evaluate.py): nanoseconds per score.
+# Nanoseconds per score, roughly, on one core of the machine this was written on. They choose between two exact ways,
+# so a machine with other ratios loses time, never a bit of the result.
 _COMPARE, _LOOK = 0.4, 30.0
 
 
