@@ -365,9 +365,10 @@ def rewrite_synthped(
 
 def _render(config: SynthConfig, image_id: str) -> Rendered:
     match = _IMAGE.fullmatch(image_id)
-    if match is None or match[1] not in config.domains or int(match[2]) >= config.people:
+    index = int(match[2]) - config.first if match else -1
+    if match is None or match[1] not in config.domains or not 0 <= index < config.people:
         raise DataError(f"Image `{image_id}` is not one that synthped renders with these settings.")
-    return render_shot(config, cast.person(config, match[1], int(match[2])), int(match[3]))
+    return render_shot(config, cast.person(config, match[1], index), int(match[3]))
 
 
 def _written(config: SynthConfig, picture: Rendered, style_id: str | None) -> list[str]:

@@ -57,6 +57,7 @@ class Person:
     outfits: tuple[Outfit, ...]
     clone_of: str = ""  # person_id of the look-alike, given on both members of a pair
     clone_kind: str = ""  # "outfit": same outfit, other body; "body": same body, other outfit
+    number: int = 0  # what ids call the identity: index + `first`
 
     @property
     def dataset(self) -> str:
@@ -64,12 +65,12 @@ class Person:
 
     @property
     def person_id(self) -> str:
-        return person_id(self.domain, self.index)
+        return person_id(self.domain, self.number)
 
 
-def person_id(domain: str, index: int) -> str:
+def person_id(domain: str, number: int) -> str:
     """The identifier of an identity in every table."""
-    return f"synthped-{domain}:{index:04d}"
+    return f"synthped-{domain}:{number:04d}"
 
 
 def split_of(config: SynthConfig, index: int) -> str:
@@ -99,12 +100,13 @@ def person(config: SynthConfig, domain: str, index: int) -> Person:
         split=split_of(config, index),
         body=make_body(config.seed, true),
         outfits=_outfits(config, wardrobe, make_body(config.seed, true)),
+        number=config.first + index,
     )
     pair = clone_partner(config, index)
     if pair is None:
         return base
     partner, kind, copies = pair
-    base = replace(base, clone_of=person_id(domain, partner), clone_kind=kind)
+    base = replace(base, clone_of=person_id(domain, config.first + partner), clone_kind=kind)
     return _copy_from(config, base, true_person(config, domain, partner), kind) if copies else base
 
 

@@ -14,6 +14,13 @@ class SynthConfig(Section):
     """
 
     people: int = Field(default=200, ge=5, le=9999, description="identities per dataset")
+    first: int = Field(
+        default=0,
+        ge=0,
+        le=9999,
+        description="number of the first identity in every id; sets of other seeds show other people, and with other "
+        "numbers they have other names too",
+    )
     images_per_person: int = Field(default=6, ge=2, le=99, description="images of each identity")
     size: tuple[int, int] = Field(default=(128, 64), description="height and width in pixels")
     seed: int = Field(default=0, ge=0, description="every random choice descends from it")

@@ -113,8 +113,8 @@ def write_person(config: SynthConfig, out: Path, domain: str, index: int) -> Row
     for number in range(config.images_per_person):
         picture = render_shot(config, person, number)
         data = png_bytes(picture.pixels)
-        image_id = f"{person.dataset}-{index:04d}-c{picture.shot.camera}-{number:02d}"
-        path = f"images/{person.dataset}/{index:04d}/{image_id}.png"
+        image_id = f"{person.dataset}-{person.number:04d}-c{picture.shot.camera}-{number:02d}"
+        path = f"images/{person.dataset}/{person.number:04d}/{image_id}.png"
         _write(out / path, data)
         rows.images.append(_image_row(picture, image_id, path, hashlib.sha256(data).hexdigest()))
         rows.captions.extend(_caption_rows(config, picture, image_id))

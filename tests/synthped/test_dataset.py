@@ -123,3 +123,21 @@ def test_a_contact_sheet_places_pictures_in_rows():
     assert sheet.getpixel((7, 15)) == (0, 0, 0)
     with pytest.raises(UsageError):
         contact_sheet([])
+
+
+def test_the_number_of_the_first_identity_renames_everybody_and_changes_no_pixel(tmp_path):
+    plain, moved = (SynthConfig(people=6, images_per_person=2, clone_pairs=1, first=first) for first in (0, 500))
+    for config, name in ((plain, "plain"), (moved, "moved")):
+        write_dataset(config, tmp_path / name, workers=1)
+    before, after = (tables.read_table(tmp_path / name / "images.parquet", "images") for name in ("plain", "moved"))
+    assert list(before["sha256"]) == list(after["sha256"])
+    number = lambda person: int(person.split(":")[1])  # noqa: E731
+    assert [number(a) - number(b) for a, b in zip(after["person_id"], before["person_id"], strict=True)] == [500] * 12
+    clones = [
+        {row["person_id"]: dict(row["attributes"])["clone_of"] for row in frame.to_dict("records")}
+        for frame in (before, after)
+    ]
+    for mine in clones:
+        paired = {person: other for person, other in mine.items() if other}
+        assert len(paired) == 2 and all(paired[other] == person for person, other in paired.items())
+    assert not set(before["image_id"]) & set(after["image_id"])
