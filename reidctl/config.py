@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -68,11 +68,20 @@ def _known_keys(cls: type[Section], location: tuple[int | str, ...]) -> tuple[st
     owner: type[BaseModel] = cls
     for part in location[:-1]:
         field = owner.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if field is None:
+            continue  # a key of a mapping or a place in a list: what stands there is known already
+        inner = _section_in(field.annotation)
+        if inner is None:
             return cls.__name__, []
-        owner = annotation
+        owner = inner
     return owner.__name__, list(owner.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also one by one in a list, a mapping or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def _nearest(key: str, known: Iterable[str], owner: str) -> str:
@@ -109,6 +118,15 @@ def _check_section(name: str, value: Any) -> None:
             raise UsageError(f"Setting `seed`: a whole number from 0 is needed (got {value!r}).")
     elif name != "about" and value is not None and not isinstance(value, dict):
         raise UsageError(f"Recipe section `{name}` must hold settings as `key: value` (got {value!r}).")
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with those of `above` over those of `below`; anything but a mapping is replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def recipe_names() -> list[str]:

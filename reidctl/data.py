@@ -21,7 +21,7 @@ from reidctl.errors import DataError
 from reidctl.pixels import PixelStore, normalise
 from reidctl.sides import mentions_side
 
-TargetText = Literal["caption", "identity", "identity+clothing", "mix"]
+TargetText = Literal["caption", "identity", "identity+clothing", "clothing", "mix"]
 Tokenize = Callable[[list[str]], Tokens]
 
 
@@ -287,13 +287,15 @@ class TrainingSet:
     def _need(self, corpus: Corpus) -> None:
         if "full" in self.texts and not len(corpus.captions):
             raise DataError(
-                "The training split has no captions, which this method needs.",
+                "The training split has no captions, which this method needs: one sample is made of each, whichever "
+                "text `method.target` puts in its place.",
                 hint="Use a captioned dataset, or give each image a caption (`reidctl data import csv-table`, column "
                 "`caption`).",
             )
         used = np.unique(self.row_of_sample)
+        target = "identity+clothing" if self.target == "mix" else self.target
         for kind in ("identity", "clothing"):
-            if kind not in self.texts and kind not in self.target:
+            if kind not in (*self.texts, *target.split("+")):
                 continue
             lacking = [int(row) for row in used if not getattr(corpus, kind)[row]]
             if lacking:

@@ -423,6 +423,23 @@ def clothing_adversarial(
 
 
 @_in_full_precision
+def match(odds: Tensor, label: Tensor) -> Tensor:
+    """Image-text matching: binary cross-entropy of whether a pair belongs together.
+
+    mean_p [label_p softplus(-odds_p) + (1 - label_p) softplus(odds_p)]
+    Li et al. 2021 (ALBEF), arXiv:2107.07651, Eq. 4, with one logit for its two classes.
+
+    Args:
+        odds: log-odds of each pair, shape (P,).
+        label: 1 where the pair belongs together, else 0, shape (P,).
+
+    Returns:
+        Scalar in nats, the mean over pairs; log 2 for odds of 0; 0 without pairs.
+    """
+    return F.binary_cross_entropy_with_logits(odds, label.to(odds.dtype)) if len(odds) else _zero(odds)
+
+
+@_in_full_precision
 def tal(image: Tensor, text: Tensor, person: Tensor, *, temperature: float = 0.015, margin: float = 0.1) -> Tensor:
     """Triplet alignment loss: a soft nearest negative must stay `margin` below the softly chosen positive.
 

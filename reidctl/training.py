@@ -359,7 +359,8 @@ class Trainer:
         for name, value in losses.items():
             values[f"loss/{name}"] = float(value.detach())
             values[f"weight/{name}"] = weights[name]
-            values[f"grad_norm/{name}"] = norms[name]
+            if name in norms:
+                values[f"grad_norm/{name}"] = norms[name]
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         self._log(epoch, "train", values)
 

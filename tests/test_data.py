@@ -122,14 +122,50 @@ def test_no_fused_feature_finds_its_text_in_any_positive_target(blocks):
     same = described["kind"] == "identity"
     described.loc[same, "text"] = [f"Build {name.split('-')[0]}." for name in described.loc[same, "image_id"]]
     tables.write_table(blocks / "described.parquet", "captions", described)
-    for target in ("mix", "identity+clothing", "caption"):
+    for target in ("mix", "identity+clothing", "identity", "clothing", "caption"):
         samples = training_set(blocks, target=target)
         batch = samples.collate([samples[(0, n, n)] for n in range(len(samples))])
         usable = batch.has_fusion.nonzero().flatten().tolist()
-        assert bool(usable) == (target != "identity+clothing")
+        assert bool(usable) == (target in ("mix", "caption"))
         for row in usable:
             for other in usable:
                 assert decode(batch.texts["fusion"], row) not in decode(batch.texts["full"], other)
+
+
+@pytest.mark.covers(165)
+def test_every_text_source_puts_its_own_text_in_the_place_of_the_query(blocks):
+    corpus = corpus_of(blocks)
+    captions = [str(text) for text in corpus.captions["text"]]
+    both = [f"{one} {other}" for one, other in zip(corpus.identity, corpus.clothing, strict=True)]
+    expected = {
+        "caption": [captions], "identity": [corpus.identity], "clothing": [corpus.clothing],
+        "identity+clothing": [both], "mix": [captions, both],
+    }  # fmt: skip
+    for target, sources in expected.items():
+        samples = training_set(blocks, target=target)
+        batch = samples.collate([samples[(0, n, n)] for n in range(24)])
+        found = [decode(batch.texts["full"], row) for row in range(24)]
+        assert all(any(text == source[row] for source in sources) for row, text in enumerate(found)), target
+        assert all(any(text in source for text in found) for source in sources), target
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "needed"),
+    [
+        ("clothing", "clothing", True), ("clothing", "identity", False), ("identity", "clothing", False),
+        ("identity", "identity", True), ("identity+clothing", "clothing", True), ("mix", "identity", True),
+        ("mix", "clothing", True), ("caption", "identity", False),
+    ],
+)  # fmt: skip
+def test_a_text_source_needs_its_own_texts_and_no_others(blocks, target, kind, needed):
+    corpus = corpus_of(blocks)
+    getattr(corpus, kind)[3] = None
+    given = {"size": (64, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "tokenize": tokenize, "texts": ("full",)}
+    if not needed:
+        assert len(TrainingSet(corpus, target=target, **given)) == 24
+        return
+    with pytest.raises(DataError, match=rf"no {kind} text.*reidctl caption"):
+        TrainingSet(corpus, target=target, **given)
 
 
 def test_a_person_with_one_image_has_no_fusion_text(tmp_path):
@@ -174,7 +210,7 @@ def test_missing_texts_name_the_field_and_the_command(blocks):
             corpus, size=(64, 32), mean=(0.5,) * 3, std=(0.5,) * 3, tokenize=tokenize, texts=("full", "identity")
         )
     bare = build_corpus(corpus.images, tables.empty("captions"), None, blocks)
-    with pytest.raises(DataError, match="no captions"):
+    with pytest.raises(DataError, match=r"no captions.*method\.target"):
         TrainingSet(bare, size=(64, 32), mean=(0.5,) * 3, std=(0.5,) * 3, tokenize=tokenize, texts=("full",))
     assert len(TrainingSet(bare, size=(64, 32), mean=(0.5,) * 3, std=(0.5,) * 3, tokenize=tokenize, texts=())) == 24
 

@@ -43,7 +43,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="K1/K2/LAMBDA",
-            help="Also k-reciprocal re-ranking k1/k2/lambda: 20/6/0.3 or 50/15/0.3 (repeatable).",
+            help="Also k-reciprocal re-ranking k1/k2/lambda: 20/6/0.3 or 50/15/0.3; or pairwise/50: the first 50 "
+            "images of each text by the model's match head (repeatable).",
         ),
     ] = None,
     slices: Annotated[
@@ -107,6 +108,8 @@ def command(
     _alone("--matrix", matrix, {"--embeddings": embeddings, "--captions": captions, **measured, **analyses})
     own = {"--protocol": protocol, "--data": data, "--captions": captions, "--setting": setting, "--epochs": epochs}
     _alone("--embeddings", embeddings, own)
+    pairs = [text for text in rerank or [] if text.split("/")[0] == "pairwise"]
+    _alone("--embeddings", embeddings, {f"--rerank {text}": text for text in pairs})
     _alone("--normalise", normalise, {"a trained model": not embeddings})
     o.prepare(None, None, seed, quiet)
     from reidctl.cli import evaluate_tables as shown

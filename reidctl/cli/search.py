@@ -17,6 +17,10 @@ def command(
     run: o.RunDir = o.DEFAULT_RUN,
     top: Annotated[int, typer.Option(help="How many results.", min=1)] = 10,
     save: Annotated[Path | None, typer.Option(help="Also write the results as a picture (PNG).")] = None,
+    rerank: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Let the match head of a pairwise model order the first K items.", min=2),
+    ] = None,
     device: o.Device = None,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -26,7 +30,7 @@ def command(
     from reidctl.runs import Run
     from reidctl.stages import search
 
-    record = search.run(Run(run), text=text, image=image, top=top, save=save, device=device or "auto")
+    record = search.run(Run(run), text=text, image=image, top=top, save=save, rerank=rerank, device=device or "auto")
     rows = [
         [str(hit["rank"]), f"{hit['score']:.4f}", hit["image_id"], hit["person_id"], hit["path"]]
         for hit in record["results"]

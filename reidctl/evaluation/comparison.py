@@ -207,7 +207,7 @@ def context_of(run: Run, record: Mapping[str, Any]) -> Context:
         combined=(Run(learned.parent).record(learned.name) or {}).get("source") == "combine",
         method=str(trained["method"]),
         recipe=_option(trained["command"], "--recipe") or _option(trained["command"], "--method"),
-        spec=str(settings["backbone"]["spec"]),
+        spec=_origin(str(settings["backbone"]["spec"]), trained.get("start")),
         shuffled=bool(settings["train"].get("shuffle_labels", False)),
         selected_on=str(trained["selected_on"]),
         epoch=trained.get("best_epoch"),
@@ -215,6 +215,11 @@ def context_of(run: Run, record: Mapping[str, Any]) -> Context:
         seed=settings.get("seed"),
         notes=tuple(str(note) for note in data.get("notes", ()) if "ublished" in str(note)),
     )
+
+
+def _origin(spec: str, start: str | None) -> str:
+    """What the weights of a training started from."""
+    return f"{spec}, trained before in {start}" if start else spec
 
 
 def _reasons(

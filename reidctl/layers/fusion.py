@@ -6,11 +6,33 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from reidctl.config import Section
 from reidctl.layers.mamba import Kernel, MambaStack
+from reidctl.layers.matching import Encoded
 
 Kind = Literal["mamba", "transformer", "simple", "none"]
 Sequence = Literal["vector", "pair", "chunks", "tokens"]
 Order = Literal["text_first", "image_first"]
+
+
+class FusionSettings(Section):
+    """Settings of `Fusion`; see there for each."""
+
+    kind: Kind = "mamba"
+    sequence: Sequence = "tokens"
+    """`vector` is what the papers print, a sequence of one token; `tokens` is the only reading under which their prose
+    about long-range dependencies means something."""
+    order: Order = "text_first"
+    width: int = 256
+    out_dim: int = 256
+    layers: int | None = None
+    align: bool = True
+    gate: bool = True
+    bidirectional: bool = False
+    prenorm: bool = False
+    chunks: int = 8
+    heads: int = 8
+    dropout: float = 0.1
 
 
 class FusionOutput(NamedTuple):
@@ -132,18 +154,38 @@ class Fusion(nn.Module):
             raise ValueError("fusion needs an image or a text feature")
         f_image = self.align_image(image) if image is not None else self.null_image.expand(len(given), -1)
         f_text = self.align_text(text) if text is not None else self.null_text.expand(len(given), -1)
-        weights = self._weights(f_image, f_text)
-        w_image, w_text = weights[:, :1] * f_image, weights[:, 1:] * f_text  # (B, width) each
+        images = texts = None
+        if self.reads_tokens:
+            images = self._tokens(image, image_tokens, self.align_image, self.null_image)
+            texts = self._tokens(text, text_tokens, self.align_text, self.null_text)
+        return self.mix(Encoded(f_image, images), Encoded(f_text, texts, text_mask if text is not None else None))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it reads tokens besides the pooled vectors."""
+        return self.sequence == "tokens" and self.kind != "simple"
+
+    def encode_image(self, image: Tensor, tokens: Tensor) -> Encoded:
+        """Return images (B, image_dim) with tokens (B, N, image_dim) aligned: all that `mix` needs of them."""
+        return Encoded(self.align_image(image), self.align_image(tokens) if self.reads_tokens else None)
+
+    def encode_text(self, text: Tensor, tokens: Tensor, mask: Tensor) -> Encoded:
+        """Return texts (B, text_dim) with tokens (B, L, text_dim) and their mask aligned; see `encode_image`."""
+        if not self.reads_tokens:
+            return Encoded(self.align_text(text))
+        return Encoded(self.align_text(text), self.align_text(tokens), mask)
+
+    def mix(self, image: Encoded, text: Encoded) -> FusionOutput:
+        """Return the fused feature of aligned images and texts, pair by pair; a batch of one token broadcasts."""
+        weights = self._weights(image.pooled, text.pooled)
+        w_image, w_text = weights[:, :1] * image.pooled, weights[:, 1:] * text.pooled  # (B, width) each
         if self.kind == "simple":
             assert self.body is not None
             return FusionOutput(self.project(self.body(torch.cat([w_image, w_text], dim=1))), weights)
-        if self.sequence != "tokens":
+        if image.tokens is None or text.tokens is None:
             return FusionOutput(self.project(self._mix_vectors(w_image, w_text)), weights)
-        images = self._tokens(image, image_tokens, self.align_image, self.null_image)
-        texts = self._tokens(text, text_tokens, self.align_text, self.null_text)
-        images, texts = weights[:, :1, None] * images, weights[:, 1:, None] * texts
-        mask = text_mask if text is not None else None
-        return FusionOutput(self.project(self._mix_tokens(images, texts, mask)), weights)
+        images, texts = weights[:, :1, None] * image.tokens, weights[:, 1:, None] * text.tokens
+        return FusionOutput(self.project(self._mix_tokens(images, texts, text.mask)), weights)
 
     def _weights(self, f_image: Tensor, f_text: Tensor) -> Tensor:
         if self.gate is None:

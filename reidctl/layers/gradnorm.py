@@ -1,13 +1,14 @@
 """GradNorm: loss weights that balance how hard each loss pulls at a shared layer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from reidctl.config import Section
+from reidctl.layers.shared import LAST_MLP
 
 _SMALLEST_RATIO = 1e-12
 _SMALLEST_SHARE = 1e-3
@@ -35,6 +36,8 @@ class GradNormConfig(Section):
         every: balance at every n-th step.
         warm_steps: L_k0 is the mean loss of that many first steps, during which all weights stay 1.
         floor: smallest L_k0; HSIC and L_adv start near 0.
+        layer: where gradients are measured: `last_mlp` (the papers' "final shared layer" as we read it), `auto` or the
+            name of a parameter; see `layers.shared.SharedLayer`.
     """
 
     coef: float = Field(default=1.5, ge=0)
@@ -47,6 +50,7 @@ class GradNormConfig(Section):
     every: int = Field(default=1, ge=1)
     warm_steps: int = Field(default=10, ge=1)
     floor: float = Field(default=1e-3, gt=0)
+    layer: str = LAST_MLP
 
     @model_validator(mode="after")
     def _clip_contains_one(self) -> "GradNormConfig":
@@ -101,7 +105,12 @@ class GradNorm:
         weights = self.weights()
         return torch.stack([weights[task] * losses[task] for task in self.tasks]).sum()
 
-    def step(self, losses: Mapping[str, Tensor], shared: Tensor) -> dict[str, float]:
+    @property
+    def warming(self) -> bool:
+        """Whether the next step is one of the first, which average the losses and need no layer."""
+        return self._steps < self.config.warm_steps
+
+    def step(self, losses: Mapping[str, Tensor], shared: Tensor | None) -> dict[str, float]:
         """Update the weights; call before `combine(losses).backward()`, whose graph stays intact.
 
         Neither `shared.grad` nor that of any other parameter is touched. A step with a loss or a gradient that is not
@@ -109,22 +118,24 @@ class GradNorm:
 
         Args:
             losses: scalar per task, unweighted.
-            shared: the parameter θ at which the gradients are measured.
+            shared: the parameter θ at which the gradients are measured; may be None while `warming`.
 
         Returns:
             For the history: `gradnorm` (L_GN), and per task `weight_<task>` (after the step) and, when balanced,
             `gradient_<task>` (w_k ‖∇ L_k‖ before it) and `ratio_<task>` (r_k).
 
         Raises:
-            ValueError: `losses` are not exactly the tasks.
+            ValueError: `losses` are not exactly the tasks, or `shared` is None after the warm-up.
         """
         self._check(losses)
+        if shared is None and not self.warming:
+            raise ValueError("GradNorm needs a shared parameter after its warm-up")
         values = torch.stack([losses[task].detach().double() for task in self.tasks]).cpu()
         self._steps += 1
         report: dict[str, float] = {}
         if self._steps <= self.config.warm_steps:
             self._initial_sum += torch.where(values.isfinite(), values, 0.0)
-        elif self._steps % self.config.every == 0:
+        elif shared is not None and self._steps % self.config.every == 0:
             norms = torch.stack([_gradient_norm(losses[task], shared) for task in self.tasks]).double().cpu()
             if values.isfinite().all() and norms.isfinite().all():
                 report = self._balance(norms, self._ratios(values))
@@ -212,29 +223,3 @@ def _renormalise(weights: Tensor, low: float, high: float) -> Tensor:
         if abs(weights.sum().item() - count) < 1e-9 * count:
             break
     return weights
-
-
-def find_shared_parameter(losses: Mapping[str, Tensor], parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
-    """Return the name of the last weight (two or more dimensions) that receives a non-zero gradient from every loss.
-
-    None means that no layer is shared (a frozen backbone under separate branches, say) and GradNorm must be refused.
-    "Last" is the order of `parameters`, which for `named_parameters()` is that of construction; biases and gains of
-    norms are passed over, since GradNorm measures at a layer's weight. No `.grad` is touched; the graph is kept.
-
-    Args:
-        losses: scalar per task.
-        parameters: name and parameter, as from `Module.named_parameters()`.
-    """
-    candidates = [(name, parameter) for name, parameter in parameters if parameter.requires_grad and parameter.ndim > 1]
-    for loss in losses.values():
-        if not loss.requires_grad or not candidates:
-            return None
-        gradients = torch.autograd.grad(
-            loss, [parameter for _, parameter in candidates], retain_graph=True, allow_unused=True
-        )
-        candidates = [
-            candidate
-            for candidate, gradient in zip(candidates, gradients, strict=True)
-            if gradient is not None and bool(gradient.any())
-        ]
-    return candidates[-1][0] if candidates else None

@@ -24,9 +24,11 @@ from reidctl.backbones.weights import from_config
 from reidctl.batch import Batch
 from reidctl.config import Section, parse_section
 from reidctl.errors import DataError, UsageError
+from reidctl.layers.matching import Encoded
 
 Explainer = Literal["gradcam", "patch"]
 Role = Literal["image", "text", "new"]
+TargetText = Literal["caption", "identity", "identity+clothing", "clothing", "mix"]
 
 FORMAT = 1
 
@@ -81,7 +83,7 @@ class Method(nn.Module, ABC):
         return ()
 
     @property
-    def target_text(self) -> Literal["caption", "identity", "identity+clothing", "mix"]:
+    def target_text(self) -> TargetText:
         """Which text plays the query during training."""
         return "caption"
 
@@ -105,6 +107,53 @@ class Method(nn.Module, ABC):
     def embed_texts(self, batch: Batch) -> Tensor:
         """Return unit vectors (B, D) of the texts `full`."""
 
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether it has a trained head that reads an image and a text together, for re-ranking."""
+        return False
+
+    def encode_pair_images(self, batch: Batch) -> Encoded:
+        """Return the images of a batch as far as they can be computed without a text; reads no text.
+
+        Raises:
+            UsageError: the method does not score pairs.
+        """
+        raise self._no_pairs()
+
+    def encode_pair_texts(self, batch: Batch) -> Encoded:
+        """Return the texts `full` as far as they can be computed without an image.
+
+        Raises:
+            UsageError: the method does not score pairs.
+        """
+        raise self._no_pairs()
+
+    def pair_scores(self, image: Encoded, text: Encoded) -> Tensor:
+        """Return the log-odds that image p shows the person of text p, shape (P,), float32.
+
+        Select rows of what `encode_pair_images` and `encode_pair_texts` returned: `pair_scores(images[i], texts[t])`
+        for index tensors i and t. The score of a pair does not depend on the other pairs.
+
+        Raises:
+            UsageError: the method does not score pairs.
+        """
+        raise self._no_pairs()
+
+    def require_pairs(self) -> None:
+        """Refuse a method that does not score pairs.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if not self.scores_pairs:
+            raise self._no_pairs()
+
+    def _no_pairs(self) -> UsageError:
+        return UsageError(
+            f"This `{self.name}` has no match head that could score an image with a text.",
+            hint="Train one: `reidctl finetune --method bdam --set method.protocol=pairwise`.",
+        )
+
     def objective(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of the losses, a scalar."""
         return torch.stack([self.weight(name) * value for name, value in losses.items()]).sum()
@@ -114,11 +163,13 @@ class Method(nn.Module, ABC):
         return {name: self.weight(name) for name in self.loss_weights if self.active(name)}
 
     def gradient_norms(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the Euclidean norm of each unweighted loss's gradient at the last shared weight.
+        """Return the Euclidean norm of each unweighted loss's gradient at `shared_weight`; none without one.
 
-        That weight is the output of the last image block's MLP; a loss that does not reach it has norm 0.
+        A loss that does not reach it has norm 0.
         """
         shared = self.shared_weight()
+        if shared is None:
+            return {}
         norms = {}
         for name, value in losses.items():
             if not value.requires_grad:
@@ -128,9 +179,10 @@ class Method(nn.Module, ABC):
             norms[name] = 0.0 if grad is None else float(grad.float().norm())
         return norms
 
-    def shared_weight(self) -> nn.Parameter:
-        """The last weight above which all image losses pass."""
-        return self.backbone.image.last_mlp_weight
+    def shared_weight(self) -> nn.Parameter | None:
+        """The last weight above which all image losses pass, the output of the last image block's MLP, if it trains."""
+        weight = self.backbone.image.last_mlp_weight
+        return weight if weight.requires_grad else None
 
     def parameters_by_role(self, stage: str) -> dict[Role, list[tuple[str, nn.Parameter]]]:
         """Return the parameters that train in a stage: image tower, text tower, new modules.
@@ -147,6 +199,10 @@ class Method(nn.Module, ABC):
             roles[role].append((name, parameter))
         return roles
 
+    def training_facts(self) -> dict[str, Any]:
+        """What the record of a training says about it besides its settings; plain values only."""
+        return {}
+
     def training_state(self) -> dict[str, Any]:
         """What must survive a kill besides the weights; plain values and tensors only."""
         return {}
@@ -157,6 +213,14 @@ class Method(nn.Module, ABC):
     def gates(self, batch: Batch) -> dict[str, Tensor]:
         """Return gate activations by name, shape (B, ...), for methods that have gates."""
         return {}
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """Return features of the images by name, float32, each (B, its width), for analyses of what they hold.
+
+        `embedding` is what is retrieved, the unit vectors of `embed_images`, and comes first; a method that separates
+        what it sees adds its parts, as they are, not normalised. Nothing beyond what `embed_images` reads is read.
+        """
+        return {"embedding": self.embed_images(batch)}
 
     def explain(self, batch: Batch, explainer: Explainer = "gradcam") -> Tensor:
         """Return how much each image region supports its text, shape (B, h, w), in [0, 1] per image.

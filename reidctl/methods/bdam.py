@@ -5,6 +5,8 @@ one architecture and contradict each other in places; the recipes `bdam-icme` an
 is our own choice between them. docs/methods.md lists every point where the papers are silent and what we took.
 """
 
+import difflib
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,67 +17,19 @@ from torch.nn import functional
 from reidctl import losses
 from reidctl.backbones.base import Backbone, last_real
 from reidctl.batch import Batch, Tokens
-from reidctl.config import Section
+from reidctl.console import log
 from reidctl.errors import UsageError
 from reidctl.layers.decoupling import CrossAttention, Decoupling, Streams
-from reidctl.layers.fusion import Fusion, Kind, Order, gate_balance, gate_entropy
-from reidctl.layers.fusion import Sequence as FusionSequence
+from reidctl.layers.fusion import Fusion, FusionSettings, gate_balance, gate_entropy
 from reidctl.layers.gradnorm import GradNorm, GradNormConfig
 from reidctl.layers.grl import reverse_gradient
-from reidctl.methods.base import Method, MethodConfig, unit
+from reidctl.layers.matching import Encoded, MatchHead, matching_pairs
+from reidctl.layers.settings import HsicConfig, InfoNceConfig, TripletConfig
+from reidctl.layers.shared import AUTO, LAST_MLP, SharedLayer
+from reidctl.methods.base import Method, MethodConfig, Role, TargetText, unit
 
-Protocol = Literal["image_only", "own_text", "visual"]
+Protocol = Literal["image_only", "own_text", "visual", "pairwise"]
 ClothingLoss = Literal["aln", "adv", "grl"]
-
-
-class FusionSettings(Section):
-    """The fusion module; see `layers.fusion.Fusion` for every setting."""
-
-    kind: Kind = "mamba"
-    sequence: FusionSequence = "tokens"
-    """`vector` is what the papers print, a sequence of one token; `tokens` is the only reading under which their prose
-    about long-range dependencies means something."""
-    order: Order = "text_first"
-    width: int = 256
-    out_dim: int = 256
-    layers: int | None = None
-    align: bool = True
-    gate: bool = True
-    bidirectional: bool = False
-    prenorm: bool = False
-    chunks: int = 8
-    heads: int = 8
-    dropout: float = 0.1
-
-
-class HsicConfig(Section):
-    """The decoupling loss; see `losses.hsic`."""
-
-    kernel: Literal["linear", "rbf"] = "linear"
-    normalize: Literal["none", "l2", "cka"] = "l2"
-
-
-class InfoNceConfig(Section):
-    """The image-text loss; see `losses.info_nce`. The papers print one direction and no temperature."""
-
-    temperature: float = 0.05
-    direction: Literal["both", "v2t"] = "both"
-    positives: Literal["id", "pair"] = "id"
-    multiple: Literal["mass", "mean"] = "mass"
-    """With several positives: `mass` is content with the easiest one, `mean` pulls each of them."""
-    fused_share: float = 0.5
-    """Share of the fused features (image + another identity text of the person) in the loss; the rest is image-only."""
-
-
-class TripletConfig(Section):
-    """The identity loss; see `losses.batch_hard_triplet`. The papers do not state the margin."""
-
-    margin: float = 0.3
-    squared: bool = True
-    mining: Literal["batch_hard", "random", "all"] = "batch_hard"
-    """`batch_hard` can collapse a model that starts from nothing to one point; `all` averages over every triplet."""
-    normalize: bool = True
-    """Put the features on the unit sphere first, so that the margin has a scale."""
 
 
 class BdamConfig(MethodConfig):
@@ -95,21 +49,26 @@ class BdamConfig(MethodConfig):
     clothing_temperature: float = 0.05
     p_pos: Literal["softmax", "sigmoid"] = "softmax"
     mask_duplicates: bool = True
-    """Leave other people's identical clothing texts out of the negatives."""
+    """Leave other people's identical texts out of the negatives of the clothing losses and of `match`."""
     grl_strength: float = 0.1
     protocol: Protocol = "image_only"
     """What is compared: `image_only` F(image, null) with F(null, text); `own_text` F(image, text written from that
-    image) with F(null, text); `visual` the projected identity feature with the text feature (002 Eq. 3)."""
-    target: Literal["caption", "identity+clothing", "mix"] = "mix"
-    """Which text plays t_i in training; `mix` draws caption or identity+clothing with p = 1/2."""
+    image) with F(null, text); `visual` the projected identity feature with the text feature (002 Eq. 3); `pairwise` is
+    `image_only` and a match head on F(image, text) that re-ranks its first items."""
+    target: TargetText = "mix"
+    """Which text plays t_i in training; `mix` draws caption or identity+clothing with p = 1/2. A described text never
+    meets a fused feature: with those alone F(image, text) is trained by `match` or not at all."""
     text_pool: Literal["cls", "mean", "end"] = "cls"
     fusion: FusionSettings = FusionSettings()
     hsic: HsicConfig = HsicConfig()
     info_nce: InfoNceConfig = InfoNceConfig()
     triplet: TripletConfig = TripletConfig()
     gradnorm: GradNormConfig | None = GradNormConfig(ref="mean", targets="feasible")
-    """None uses fixed weights. As printed (reference: the first task) the weights of the others fall to the clip within
-    some hundred steps (tests/layers/test_gradnorm.py), so only `bdam-icme` and `bdam-long` take it literally."""
+    """None uses fixed weights; `layer` says where gradients are measured. As printed (reference: the first task) the
+    weights of the others fall to the clip within some hundred steps (tests/layers/test_gradnorm.py), so only
+    `bdam-icme` and `bdam-long` take it literally."""
+    freeze: tuple[Literal["image", "text"], ...] = ()
+    """Encoders that keep their starting weights, without dropout; the papers do not say whether any does."""
     gate_regulariser: Literal["none", "balance", "entropy"] = "none"
     """002 names "gate regularization" without a formula; its numbers are those of 001's weight regulariser, so the
     ablation is `gradnorm.weight_reg: 0`. `balance` and `entropy` are `gate_balance` and `gate_entropy` of
@@ -131,6 +90,7 @@ class Bdam(Method):
         "grl": 1.0,
         "decouple": 1.0,
         "gate": 0.01,
+        "match": 1.0,
     }
     config: BdamConfig
 
@@ -139,6 +99,12 @@ class Bdam(Method):
         if config.text_pool == "cls" and backbone.config.pool == "eos":
             raise UsageError(
                 "The first token of a CLIP text tower sees nothing but itself.", hint="Use method.text_pool=end."
+            )
+        if config.protocol == "own_text" and config.target not in ("caption", "mix"):
+            raise UsageError(
+                f"With protocol own_text the gallery holds described texts; method.target={config.target} would train "
+                "on finding those very texts.",
+                hint="Use method.target=caption.",
             )
         width, text_width = backbone.width_image, backbone.width_text
         if config.decouple:
@@ -157,10 +123,22 @@ class Bdam(Method):
         self.fusion = Fusion(width, text_width, **config.fusion.model_dump())
         if config.protocol == "visual":
             self.visual_head = nn.Linear(width, text_width)
+        if self.active("match"):
+            self.match_head = MatchHead(config.fusion.out_dim)
         # The critic's loss never falls for long: it is an adversary. GradNorm would read that as a task that needs more
         # and more weight, so the critic keeps its fixed one.
         names = [name for name in self.loss_weights if self.active(name) and name != "grl"]
         self.balancer = GradNorm(names, config.gradnorm) if config.gradnorm and names else None
+        self.layer = self._layer(config.gradnorm, names) if config.gradnorm and names else None
+
+    def _layer(self, config: GradNormConfig, tasks: list[str]) -> SharedLayer:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        if config.layer not in (LAST_MLP, AUTO, *self._trained()):
+            known = [LAST_MLP, AUTO, *self._trained()]
+            near = difflib.get_close_matches(config.layer, known, n=1, cutoff=0.0)[0]
+            frozen = " that trains" if config.layer in names.values() else ""
+            raise UsageError(f"There is no parameter `{config.layer}`{frozen}.", hint=f"Did you mean `{near}`?")
+        return SharedLayer(config.layer, tasks, names[id(self.backbone.image.last_mlp_weight)])
 
     def active(self, loss: str) -> bool:
         """Whether the settings ask for a loss."""
@@ -173,6 +151,8 @@ class Bdam(Method):
             balance = config.gate_regulariser == "balance" and config.fusion.gate
             entropy = config.gate_regulariser == "entropy" and config.decouple and config.gate
             return (balance or entropy) and super().active(loss)
+        if loss == "match":
+            return config.protocol == "pairwise" and super().active(loss)
         return super().active(loss)
 
     @property
@@ -181,7 +161,7 @@ class Bdam(Method):
         return ("identity",) if self.config.protocol == "own_text" else ()
 
     @property
-    def target_text(self) -> Literal["caption", "identity", "identity+clothing", "mix"]:
+    def target_text(self) -> TargetText:
         """With `own_text` the query must not be the text that sits in the gallery, so it is the caption."""
         return "caption" if self.config.protocol == "own_text" else self.config.target
 
@@ -205,11 +185,11 @@ class Bdam(Method):
         return torch.einsum("bl,blw->bw", share, hidden), hidden
 
     def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
-        """Return the active ones of `info`, `triplet`, `aln`, `adv`, `grl`, `decouple`, `gate`."""
+        """Return the active ones of `info`, `triplet`, `aln`, `adv`, `grl`, `decouple`, `gate`, `match`."""
         config, person = self.config, batch.require("person")
         streams = self.streams(batch.require("image"))
         found: dict[str, Tensor] = {}
-        if self.active("info") or self.active("gate"):
+        if any(self.active(name) for name in ("info", "gate", "match")):
             found |= self._matching(batch, streams)
         if self.active("triplet"):
             identity = functional.normalize(streams.identity, dim=-1) if config.triplet.normalize else streams.identity
@@ -257,7 +237,19 @@ class Bdam(Method):
             found["gate"] = gate_balance(fused.weights)
         elif self.config.gate_regulariser == "entropy" and streams.gate is not None:
             found["gate"] = gate_entropy(streams.gate)
+        if self.active("match"):
+            words = self.fusion.encode_text(text, text_tokens, batch.texts["full"].mask)
+            found["match"] = self._match(streams, words, torch.cosine_similarity(image[:, None], key[None], -1), batch)
         return found
+
+    def _match(self, streams: Streams, texts: Encoded, similarity: Tensor, batch: Batch) -> Tensor:
+        person, ids = batch.require("person"), batch.texts["full"].ids
+        wrong = person[:, None] != person
+        if self.config.mask_duplicates:
+            wrong = wrong & (ids[:, None] != ids).any(dim=-1)
+        image, text, label = matching_pairs(similarity, wrong, self.config.info_nce.temperature)
+        images = self.fusion.encode_image(streams.identity, streams.identity_tokens)
+        return losses.match(self.match_head(self.fusion.mix(images[image], texts[text]).feature), label)
 
     def _info_nce(self, image: Tensor, text: Tensor, person: Tensor) -> Tensor:
         settings = self.config.info_nce
@@ -289,6 +281,45 @@ class Bdam(Method):
             found["grl"] = losses.clothing_alignment(guess, text.detach(), temperature=temperature, group=group)
         return found
 
+    def train(self, mode: bool = True) -> "Bdam":
+        """Switch to training; frozen encoders stay without dropout."""
+        super().train(mode)
+        for side in self.config.freeze:
+            getattr(self.backbone, side).eval()
+        return self
+
+    def parameters_by_role(self, stage: str) -> dict[Role, list[tuple[str, nn.Parameter]]]:
+        """Return the parameters that train: all but those of frozen encoders."""
+        roles = super().parameters_by_role(stage)
+        return {role: [] if role in self.config.freeze else members for role, members in roles.items()}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return dict(itertools.chain.from_iterable(self.parameters_by_role(self.stages[0]).values()))
+
+    def shared_weight(self) -> nn.Parameter | None:
+        """Where GradNorm measures, or would like to before it has chosen; without it the last image MLP's output."""
+        if self.layer is None:
+            return super().shared_weight()
+        name = self.layer.name or self.layer.wanted
+        weight = None if name is None else self.get_parameter(name)
+        return weight if weight is not None and weight.requires_grad else None
+
+    def gradient_norms(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the norms at the layer where GradNorm measures them."""
+        self._choose_layer(losses)
+        return super().gradient_norms(losses)
+
+    def _choose_layer(self, losses: Mapping[str, Tensor]) -> None:
+        if self.layer is None or self.balancer is None or not self.training:
+            return
+        if self.layer.choose(losses, self._trained(), wait=self.balancer.warming):
+            why = f": {self.layer.reason}" if self.layer.reason else ""
+            log.info(f"GradNorm measures gradients at `{self.layer.name}`{why}.")
+
+    def training_facts(self) -> dict[str, Any]:
+        """Where GradNorm measured gradients; None with fixed weights."""
+        return {"gradnorm_layer": self.layer.name if self.layer is not None else None}
+
     def objective(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum, with GradNorm's weights times the fixed ones if it is on."""
         scaled = {name: self.weight(name) * value for name, value in losses.items()}
@@ -297,6 +328,7 @@ class Bdam(Method):
         raw = {name: value for name, value in losses.items() if name in self.balancer.tasks}
         if self.training:
             # The balancer sees unweighted losses: it would undo the fixed weights, which multiply its own.
+            self._choose_layer(losses)
             self.balancer.step(raw, self.shared_weight())
         total = self.balancer.combine({name: scaled[name] for name in raw})
         return total + scaled["grl"] if "grl" in scaled else total
@@ -310,13 +342,16 @@ class Bdam(Method):
         return {name: value * balanced.get(name, 1.0) for name, value in fixed.items()}
 
     def training_state(self) -> dict[str, Any]:
-        """GradNorm's log-weights, first losses and optimiser."""
-        return {"balancer": self.balancer.state_dict()} if self.balancer is not None else {}
+        """GradNorm's log-weights, first losses, optimiser and layer."""
+        if self.balancer is None or self.layer is None:
+            return {}
+        return {"balancer": self.balancer.state_dict(), "layer": self.layer.state_dict()}
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Restore GradNorm."""
-        if self.balancer is not None:
+        if self.balancer is not None and self.layer is not None:
             self.balancer.load_state_dict(state["balancer"])
+            self.layer.load_state_dict(state["layer"])
 
     def embed_images(self, batch: Batch) -> Tensor:
         """Return unit vectors of the images under the protocol, shape (B, D)."""
@@ -343,6 +378,41 @@ class Bdam(Method):
         if self.config.protocol == "visual":
             return unit(text)
         return unit(self.fusion(None, text, text_tokens=tokens, text_mask=batch.texts["full"].mask).feature)
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """Return `embedding`, `identity` (f_id, gated) and, with streams, `clothing` (f_clo, gated) and both ungated.
+
+        The ungated ones are `pooled_identity` and `pooled_clothing`. Without streams `identity` is the average of the
+        patch tokens.
+        """
+        streams = self.streams(batch.require("image"))
+        found = {"embedding": unit(self._image_feature(streams, batch)), "identity": streams.identity.float()}
+        if self.config.decouple:
+            for name in ("clothing", "pooled_identity", "pooled_clothing"):
+                found[name] = getattr(streams, name).float()
+        return found
+
+    @property
+    def scores_pairs(self) -> bool:
+        """With protocol `pairwise`, unless its loss has weight 0."""
+        return self.active("match")
+
+    def encode_pair_images(self, batch: Batch) -> Encoded:
+        """Return the identity streams of the images, aligned; reads no text."""
+        self.require_pairs()
+        streams = self.streams(batch.require("image"))
+        return self.fusion.encode_image(streams.identity, streams.identity_tokens)
+
+    def encode_pair_texts(self, batch: Batch) -> Encoded:
+        """Return the texts `full`, aligned."""
+        self.require_pairs()
+        return self.fusion.encode_text(*self.text_features(batch.texts["full"]), batch.texts["full"].mask)
+
+    def pair_scores(self, image: Encoded, text: Encoded) -> Tensor:
+        """Return the match head's log-odds of F(image, text), shape (P,)."""
+        self.require_pairs()
+        odds: Tensor = self.match_head(self.fusion.mix(image, text).feature)
+        return odds.float()
 
     def gates(self, batch: Batch) -> dict[str, Tensor]:
         """Return per sample: `identity` (mean of g), and the fusion weights `image` and `text`, each (B,).

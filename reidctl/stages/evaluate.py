@@ -6,13 +6,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from reidctl.console import progress
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
-from reidctl.evaluation import protocols
+from reidctl.evaluation import pairwise, protocols
 from reidctl.evaluation.composed import composed
+from reidctl.evaluation.pairwise import Pairwise
 from reidctl.evaluation.protocols import Evaluation, Protocol
 from reidctl.evaluation.reranking import caveats, evaluate_reranked
 from reidctl.evaluation.single_shot import single_shot
@@ -38,6 +41,7 @@ class Asked:
         protocols: of `PROTOCOLS`.
         cutoffs: the k of rank-k; None: 1, 5, 10, 20 as far as the gallery reaches.
         rerank: parameter sets of k-reciprocal re-ranking.
+        pairwise: depths of re-ranking text queries by the model's match head.
         weight: the image's share in an image+text query.
         seed: of the bootstrap, the label shuffle and the single-shot draws.
     """
@@ -45,6 +49,7 @@ class Asked:
     protocols: tuple[str, ...] = ("t2i", "i2i")
     cutoffs: tuple[int, ...] | None = None
     rerank: tuple[Parameters, ...] = ()
+    pairwise: tuple[Pairwise, ...] = ()
     weight: float = 0.5
     seed: int = 0
 
@@ -89,7 +94,8 @@ def run(
         query: what a text query is: the caption, or texts that a model wrote from the query's image.
         measure: protocols, of `PROTOCOLS`; those that the data do not allow are noted.
         cutoffs: the k of rank-k; default: 1, 5, 10, 20 as far as the gallery reaches.
-        rerank: parameter sets of k-reciprocal re-ranking, such as `20/6/0.3`.
+        rerank: parameter sets of k-reciprocal re-ranking, such as `20/6/0.3`, and `pairwise/50` to re-rank the first 50
+            images of every text query by the model's match head.
         weight: the image's share in an image+text query, in [0, 1].
         device: where to compute.
         data: the dataset folder; default: the run's.
@@ -99,13 +105,14 @@ def run(
         force: measure again even if nothing changed.
 
     Raises:
-        UsageError: an unknown kind of query, protocol or parameter set.
+        UsageError: an unknown kind of query, protocol or parameter set, or pairwise re-ranking that cannot be.
         DataError: no model, no such split, a cutoff beyond the gallery, or nobody to find.
     """
     check_query(query)
     resolve_device(device)
-    sets = tuple(dict.fromkeys(map(parse, rerank)))
-    asked = Asked(_known(measure), tuple(cutoffs) if cutoffs else None, sets, weight, seed)
+    sets = tuple(dict.fromkeys(parse(text) for text in rerank if not pairwise.is_pairwise(text)))
+    pairs = tuple(dict.fromkeys(pairwise.parse(text) for text in rerank if pairwise.is_pairwise(text)))
+    asked = Asked(_known(measure), tuple(cutoffs) if cutoffs else None, sets, pairs, weight, seed)
     source = find_source(run, data, captions)
     check_people(source)
     settings: dict[str, Any] = {
@@ -116,7 +123,7 @@ def run(
         "training": training_digest(run),
         "measure": list(asked.protocols),
         "cutoffs": list(asked.cutoffs) if asked.cutoffs else None,
-        "rerank": [parameters.name for parameters in asked.rerank],
+        "rerank": [*(parameters.name for parameters in asked.rerank), *(depth.name for depth in asked.pairwise)],
         "weight": weight,
     }
     inputs = source.digests()
@@ -127,6 +134,7 @@ def run(
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
     subject = find_subject(run, split=split, query=query, device=device, data=data, captions=captions)
+    _check_pairwise(subject, asked)
     run.unfinish(STAGE)
     found = _measure(subject, asked)
     outputs = results.write_results(run, found.parts, found.slices, split=split, notes=found.notes)
@@ -159,6 +167,20 @@ def _known(names: Sequence[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise UsageError(f"`--protocol {' '.join(unknown)}` is not known.", hint=f"One of: {', '.join(PROTOCOLS)}.")
     return tuple(name for name in PROTOCOLS if name in names)
+
+
+def _check_pairwise(subject: Subject, asked: Asked) -> None:
+    """Refuse pairwise re-ranking that is not possible, before anything is computed or an old result is given up."""
+    if asked.pairwise and "t2i" not in asked.protocols:
+        raise UsageError(
+            f"`--rerank {asked.pairwise[0].name}` re-ranks text queries, and none are measured.",
+            hint="Add --protocol t2i.",
+        )
+    images = subject.corpus.images
+    described = set(images.loc[images["image_id"].isin(set(subject.texts["image_id"])), "dataset"])
+    for depth in asked.pairwise:
+        for dataset, count in images.loc[images["dataset"].isin(described), "dataset"].value_counts().items():
+            pairwise.check(subject.method, depth, int(count), f"{dataset}, {subject.split}")
 
 
 def _measure(subject: Subject, asked: Asked) -> Found:
@@ -220,12 +242,35 @@ def _direction(subject: Subject, protocol: Protocol, asked: Asked, found: Found)
         again = _again(protocol, parameters, asked, device)
         found.add(again)
         found.notes += caveats(protocol, parameters)
-        if again.ranking.queries.means() == model.ranking.queries.means():
-            found.notes.append(
-                f"{protocol.dataset}, {protocol.direction}: re-ranking {parameters.name} changed no metric."
-            )
+        _note_no_change(protocol, model, again, parameters.name, found)
+    for depth in asked.pairwise if protocol.direction == "t2i" else ():
+        again = _by_pairs(subject, protocol, depth, asked)
+        found.add(again)
+        found.notes.append(pairwise.caveat(protocol, depth))
+        _note_no_change(protocol, model, again, depth.name, found)
     found.parts += references(
         subject.whole, protocol, model, subject.texts, found.notes, cutoffs=asked.cutoffs, seed=asked.seed
+    )
+
+
+def _note_no_change(protocol: Protocol, before: Evaluation, after: Evaluation, name: str, found: Found) -> None:
+    if after.ranking.queries.means() == before.ranking.queries.means():
+        found.notes.append(f"{protocol.dataset}, {protocol.direction}: re-ranking {name} changed no metric.")
+
+
+def _by_pairs(subject: Subject, protocol: Protocol, depth: Pairwise, asked: Asked) -> Evaluation:
+    corpus, texts = subject.corpus, subject.texts
+    path_of = dict(zip(corpus.images["image_id"], corpus.paths(), strict=True))
+    text_of = dict(zip(texts["caption_id"], texts["text"], strict=True))
+    paths = [path_of[item] for item in protocol.gallery.item]
+    sentences = [str(text_of[item]) for item in protocol.query.item]
+
+    def score(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        with progress(f"re-rank {depth.name}", pairwise.count_pairs(sentences, rows), unit="pairs") as advance:
+            return pairwise.score_pairs(subject.method, paths, sentences, rows, device=subject.device, advance=advance)
+
+    return pairwise.evaluate_pairwise(
+        protocol, depth, score, seed=asked.seed, cutoffs=asked.cutoffs, device=str(subject.device)
     )
 
 

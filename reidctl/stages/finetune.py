@@ -15,20 +15,20 @@ from reidctl import tables
 from reidctl.backbones.base import Backbone
 from reidctl.backbones.statistics import check_statistics
 from reidctl.backbones.weights import build
-from reidctl.config import Section, load_recipe, parse_section, recipe_names
+from reidctl.config import Section, load_recipe, merge, parse_section, recipe_names
 from reidctl.console import log
 from reidctl.data import Corpus, TrainingSet
 from reidctl.datasets.leaks import guard, seen_table
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import DataError, UsageError
-from reidctl.methods.base import Method, build_method, method_class, method_names, save_method
+from reidctl.methods.base import Method, build_method, load_method, method_class, method_names, save_method
 from reidctl.metrics import QueryMetrics
 from reidctl.pixels import PixelStore
 from reidctl.retrieval.exact import evaluate_ranking
-from reidctl.runs import Run, fingerprint
+from reidctl.runs import Run, digest, fingerprint
 from reidctl.stages.noise import exchange_descriptions
-from reidctl.stages.sources import DataSettings, find_source
+from reidctl.stages.sources import DataSettings, Source, find_source
 from reidctl.training import Outcome, TrainConfig, Trainer, Validate, kept_epochs
 
 STAGE = "finetune"
@@ -46,6 +46,9 @@ class BackboneSettings(Section):
     pixel_statistics: Literal["checkpoint", "clip", "imagenet", "half"] = "checkpoint"
     """What pixels are normalised with. They belong to the checkpoint; others are allowed and warned about."""
     grad_checkpointing: bool = False
+    start: Path | None = None
+    """A run: its trained towers are the starting weights. `spec` and sizes must be those of that training, and whom it
+    saw counts as seen by this one."""
 
 
 def resolve(recipe: Mapping[str, Any], method: str | None) -> dict[str, Any]:
@@ -72,17 +75,22 @@ def resolve(recipe: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     if method is not None and own.get("name") not in (None, chosen, method):
         # A recipe written for another method brings its data and training settings, not its model's.
         recipe = {name: value for name, value in recipe.items() if name not in ("method", "backbone")}
-    merged = _merge(preset, recipe)
+    merged = merge(preset, recipe)
     merged["method"] = {**merged.get("method", {}), "name": chosen}
     return merged
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def check(recipe: Mapping[str, Any]) -> None:
+    """Refuse a resolved recipe whose settings no training takes, before anything is loaded.
+
+    Raises:
+        UsageError: an unknown setting or a wrong value in `method`, `backbone`, `train` or `data`.
+    """
+    settings = dict(recipe["method"])
+    parse_section(method_class(settings.pop("name")).Config, settings, "method")
+    parse_section(TrainConfig, recipe.get("train"), "train")
+    parse_section(BackboneSettings, recipe.get("backbone"), "backbone")
+    parse_section(DataSettings, recipe.get("data"), "data")
 
 
 def run(
@@ -124,7 +132,8 @@ def run(
     resolved = {
         "seed": seed,
         "method": {"name": name, **described.model_dump()},
-        "backbone": towers.model_dump(),
+        # Where the starting run lies does not matter, what it learnt does: `inputs` has its digest.
+        "backbone": towers.model_dump(exclude={"start"}),
         # What cannot change the weights does not make a training another one.
         "train": _what_matters(training),
         "device": target.type,
@@ -132,6 +141,8 @@ def run(
         **({"description_noise": handling.description_noise} if handling.description_noise else {}),
     }
     inputs = source.digests()
+    if towers.start is not None:
+        inputs["start"] = digest(start_folder(towers.start) / "model.safetensors")
     # Before asking whether anything changed: a stricter check must not be skipped.
     notes = guard(tables.read_table(source.images, "images"), handling.leak_check)
     current = None if force else run.up_to_date(STAGE, resolved, inputs)
@@ -148,7 +159,7 @@ def run(
     tables.write_table(history, "history", outcome.history)
     seen = run.table(STAGE, "seen")
     train = corpus.of_split("train").images
-    tables.write_table(seen, "seen", seen_table(train, source.person_digests(train)["digest"]))
+    tables.write_table(seen, "seen", _seen(train, source, towers.start))
     # Kept epochs are no outputs: whoever deletes them to win space must not train again.
     kept = kept_epochs(folder, fingerprint(resolved, inputs))
     outputs = [*save_method(model.cpu(), folder), history, seen]
@@ -165,6 +176,7 @@ def run(
             "described": str(source.described.resolve()) if source.described else None,
             "method": name,
             "train_people": model.persons,
+            "start": str(towers.start.resolve()) if towers.start else None,
             "notes": notes,
             "best_epoch": outcome.best_epoch + 1,
             "epochs": training.epochs,
@@ -178,6 +190,7 @@ def run(
             "step_images_per_second": _last(outcome.history, "step_images_per_second"),
             "resumed_from_epoch": outcome.resumed_from,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **model.training_facts(),
         },
     )
     return {**record, "status": "done"}
@@ -201,7 +214,7 @@ def _train(
 ) -> tuple[Method, Outcome]:
     # The starting weights depend on the seed alone, not on what ran before in this process.
     torch.manual_seed(seed)
-    backbone = build(towers.spec, image_size=towers.image_size, text_length=towers.text_length)
+    backbone = _starting_towers(towers)
     backbone.set_grad_checkpointing(towers.grad_checkpointing)
     _prepare_images(backbone, towers, training)
     train = corpus.of_split("train")
@@ -240,6 +253,48 @@ def _train(
     validate = _validation(chosen, store, resolve_device(training.device))
     trainer = Trainer(model, samples, validate, training, folder, seed=seed, stage=STAGE, fingerprint=digest)
     return model, trainer.run()
+
+
+def start_folder(start: Path) -> Path:
+    """Return where a starting run keeps its model.
+
+    Raises:
+        DataError: it has no finished training.
+    """
+    run = Run(start)
+    run.require("finetune")
+    return run.stage_dir("finetune")
+
+
+def _starting_towers(towers: BackboneSettings) -> Backbone:
+    """The towers that `spec` names, with its weights or with those that the starting run learnt.
+
+    Raises:
+        UsageError: the starting run has other towers or sizes than this one asks for.
+    """
+    if towers.start is None:
+        return build(towers.spec, image_size=towers.image_size, text_length=towers.text_length)
+    backbone = load_method(start_folder(towers.start)).backbone
+    for name, asked, found in (
+        ("spec", towers.spec, backbone.config.spec),
+        ("image_size", towers.image_size, backbone.image_size),
+        ("text_length", towers.text_length, backbone.context_length),
+    ):
+        if asked is not None and asked != found:
+            raise UsageError(
+                f"`backbone.start` {towers.start} was trained with backbone.{name} {found}, this recipe has {asked}.",
+                hint="Use the same, or another run to start from.",
+            )
+    return backbone
+
+
+def _seen(train: pd.DataFrame, source: Source, start: Path | None) -> pd.DataFrame:
+    """Digests of people and files that the model saw here or in the run that it started from."""
+    mine = seen_table(train, source.person_digests(train)["digest"])
+    if start is None:
+        return mine
+    before = tables.read_table(Run(start).table(STAGE, "seen"), "seen")
+    return pd.concat([mine, before], ignore_index=True).drop_duplicates(ignore_index=True)
 
 
 def _last(history: pd.DataFrame, name: str) -> float | None:

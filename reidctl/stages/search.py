@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from reidctl import tables
@@ -12,6 +13,7 @@ from reidctl.batch import Batch
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_queries
 from reidctl.errors import DataError, UsageError
+from reidctl.evaluation import pairwise
 from reidctl.methods.base import Method, load_method
 from reidctl.pixels import normalise, read_pixels
 from reidctl.report.sheet import ranking_sheet
@@ -28,6 +30,7 @@ def run(
     image: Path | None = None,
     top: int = 10,
     save: Path | None = None,
+    rerank: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Return the best items of the run's index for one query.
@@ -38,16 +41,21 @@ def run(
         image: a picture of the person to look for.
         top: how many results.
         save: also draw the results as a PNG here.
+        rerank: let the model's match head order the first so many items of a sentence; reads their images. Their
+            `score` is then 2 + match probability.
         device: where to compute.
 
     Raises:
-        UsageError: not exactly one query.
+        UsageError: not exactly one query, or re-ranking of an image query or by a model without a match head.
         DataError: no index, or one made by another model.
     """
     if (text is None) == (image is None):
         raise UsageError("Give either a sentence or --image, not both and not none.")
     if text is not None and not text.strip():
         raise UsageError("The sentence is empty.")
+    if rerank is not None and text is None:
+        raise UsageError("--rerank asks whether an image fits a sentence; an image query has none.")
+    deep = None if rerank is None else pairwise.Pairwise(rerank)
     started = time.monotonic()
     record = run.require("index")
     path, model = run.table("index", "embeddings"), model_digest(run)
@@ -58,9 +66,15 @@ def run(
     names, people = stored.rows["item_id"], stored.rows["person_id"]
     target = resolve_device(device)
     method = load_method(run.stage_dir("finetune"), target)
+    if deep is not None:
+        pairwise.check(method, deep, len(stored), "the index")
     query = _query(method, text, image, target)
-    rows, scores = search(query, stored.vectors, top=top, gallery_id=names)
+    found, cosines = search(query, stored.vectors, top=max(top, rerank or 0), gallery_id=names)
+    rows, scores = found[0], cosines[0].astype(np.float64)
     paths = _paths(run, record)
+    if deep is not None:
+        files = [paths[str(names[row])] for row in rows[: deep.depth]]
+        rows, scores = _by_pairs(method, str(text), files, rows, scores, target)
     results: list[dict[str, Any]] = [
         {
             "rank": place + 1,
@@ -69,7 +83,7 @@ def run(
             "score": float(score),
             "path": str(paths[str(names[row])]),
         }
-        for place, (row, score) in enumerate(zip(rows[0], scores[0], strict=True))
+        for place, (row, score) in enumerate(zip(rows[:top], scores[:top], strict=True))
     ]
     if save is not None:
         shown = [(Path(hit["path"]), hit["image_id"], hit["score"], None) for hit in results]
@@ -79,6 +93,7 @@ def run(
         "status": "done",
         "outputs": {str(save): {}} if save else {},
         "metrics": {"gallery": len(stored)},
+        **({"rerank": deep.name} if deep is not None else {}),
         "seconds": round(time.monotonic() - started, 3),
         "query": text if text is not None else str(image),
         "results": results,
@@ -97,6 +112,22 @@ def _query(method: Method, text: str | None, image: Path | None, device: torch.d
     with torch.inference_mode():
         found: np.ndarray[Any, Any] = method.embed_images(Batch(image=pixels.to(device))).float().cpu().numpy()
     return found
+
+
+def _by_pairs(
+    method: Method,
+    text: str,
+    files: list[Path],
+    rows: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float64],
+    device: torch.device,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Put the items that `files` show in the match head's order, equal ones in the order that they had."""
+    count = len(files)
+    odds = pairwise.score_pairs(method, files, [text], np.arange(count)[None], device=device)
+    order = np.argsort(-odds[0], kind="stable")
+    scored = pairwise.shown_score(odds[0][order])
+    return np.concatenate([rows[order], rows[count:]]), np.concatenate([scored, scores[count:]])
 
 
 def _paths(run: Run, record: dict[str, Any]) -> dict[str, Path]:

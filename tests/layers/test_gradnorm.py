@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reidctl.config import parse_section
 from reidctl.errors import UsageError
-from reidctl.layers.gradnorm import GradNorm, GradNormConfig, _renormalise, find_shared_parameter
+from reidctl.layers.gradnorm import GradNorm, GradNormConfig, _renormalise
 
 NO_REG = {"weight_reg": 0.0, "warm_steps": 1}
 
@@ -240,20 +240,28 @@ def test_other_losses_than_the_tasks_are_refused() -> None:
         balancer.load_state_dict(GradNorm(["b", "a"]).state_dict())
 
 
-@pytest.mark.covers(146)
-def test_the_last_weight_under_every_loss_is_found() -> None:
-    torch.manual_seed(0)
-    network = nn.ModuleDict({"trunk": nn.Linear(3, 3), "top": nn.Linear(3, 3), "left": nn.Linear(3, 1)})
-    hidden = network["top"](network["trunk"](torch.ones(2, 3)))
-    losses = {"left": network["left"](hidden).sum(), "direct": hidden.square().sum(), "dead": hidden.sum() * 1.0}
-    assert find_shared_parameter(losses, network.named_parameters()) == "top.weight"
-    assert all(parameter.grad is None for parameter in network.parameters())
+def test_the_warm_up_needs_no_layer_and_what_follows_does() -> None:
+    balancer, theta = GradNorm(["a", "b"], GradNormConfig(warm_steps=2)), torch.zeros(4, requires_grad=True)
+    for _ in range(2):
+        assert balancer.warming
+        balancer.step(toy(theta, {"a": 1.0, "b": 2.0}), None)
+    assert not balancer.warming
+    with pytest.raises(ValueError, match="shared parameter"):
+        balancer.step(toy(theta, {"a": 1.0, "b": 2.0}), None)
 
 
-@pytest.mark.covers(146)
-def test_no_shared_weight_is_reported_as_none() -> None:
-    left, right, x = nn.Linear(3, 1), nn.Linear(3, 1), torch.ones(2, 3)
-    parameters = [("left", left.weight), ("right", right.weight)]
-    assert find_shared_parameter({"a": left(x).sum(), "b": right(x).sum()}, parameters) is None
-    assert find_shared_parameter({"a": left(x).sum(), "b": left(x).sum() * 0}, parameters) is None
-    assert find_shared_parameter({"a": torch.tensor(1.0)}, parameters) is None
+@pytest.mark.covers(52, 146)
+@pytest.mark.parametrize("targets", ["literal", "feasible"])
+def test_weights_sum_to_k_inside_the_clip_after_every_step_of_random_gradients(targets: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = GradNormConfig(targets=targets, clip=(0.6, 1.5), lr=0.3, warm_steps=1)  # type: ignore[arg-type]
+    balancer, theta = GradNorm(["a", "b", "c", "d"], config), torch.zeros(4, requires_grad=True)
+    extremes = set()
+    for _ in range(60):
+        slopes = dict(zip("abcd", (10 ** (6 * torch.rand(4, generator=generator) - 3)).tolist(), strict=True))
+        balancer.step(toy(theta, slopes), theta)
+        weights = list(balancer.weights().values())
+        assert sum(weights) == pytest.approx(4, abs=1e-6)
+        assert min(weights) >= 0.6 - 1e-9 and max(weights) <= 1.5 + 1e-9
+        extremes |= {weight for weight in (0.6, 1.5) if min(abs(weight - mine) for mine in weights) < 1e-6}
+    assert extremes == {0.6, 1.5}, "the bounds were reached, so the test could fail"

@@ -8,7 +8,7 @@ from methods.test_method_contract import CPU, model, training_batch
 from reidctl import losses
 from reidctl.batch import Batch
 from reidctl.embedding import embed_gallery
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
 from reidctl.layers.decoupling import Decoupling
 
 
@@ -175,7 +175,7 @@ def test_gate_regularisers_add_their_term_only(batch):
 
 
 @pytest.mark.covers(143)
-@pytest.mark.parametrize("protocol", ["image_only", "own_text", "visual"])
+@pytest.mark.parametrize("protocol", ["image_only", "own_text", "visual", "pairwise"])
 def test_every_protocol_trains_and_embeds_into_one_space(batch, protocol, folder):
     method = bdam(protocol=protocol)
     found = method.losses(training_batch(method, folder), "finetune")
@@ -198,9 +198,22 @@ def test_own_text_reads_the_described_text_of_the_gallery_image_and_refuses_to_g
         embed_gallery(method, corpus, device=CPU)
 
 
+@pytest.mark.covers(165)
+@pytest.mark.parametrize("target", ["caption", "identity", "identity+clothing", "clothing", "mix"])
+def test_every_text_source_trains_and_only_captions_meet_a_fused_feature(folder, target):
+    method = bdam(target=target).train()
+    batch = training_batch(method, folder)
+    found = method.losses(batch, "finetune")
+    assert all(torch.isfinite(value) for value in found.values()) and found["info"] > 0
+    assert bool(batch.has_fusion.any()) == (target in ("caption", "mix"))
+    if target not in ("caption", "mix"):
+        with pytest.raises(UsageError, match="those very texts"):
+            bdam(target=target, protocol="own_text")
+
+
 @pytest.mark.covers(142)
 def test_the_gallery_side_of_the_leak_free_protocols_reads_no_text(batch):
-    for protocol in ("image_only", "visual"):
+    for protocol in ("image_only", "visual", "pairwise"):
         method = bdam(protocol=protocol)
         assert method.gallery_texts == ()
         assert torch.equal(method.embed_images(batch), method.embed_images(Batch(image=batch.image)))
@@ -240,3 +253,50 @@ def test_gates_are_shares_per_sample(batch):
     found = bdam().gates(batch)
     assert torch.allclose(found["image"] + found["text"], torch.ones(len(batch)))
     assert ((found["identity"] > 0) & (found["identity"] < 1)).all()
+
+
+@pytest.mark.covers(118)
+def test_features_are_those_of_the_streams_and_the_baseline_has_no_clothing(batch):
+    method = bdam()
+    found, streams = method.features(batch), method.streams(batch.image)
+    assert list(found) == ["embedding", "identity", "clothing", "pooled_identity", "pooled_clothing"]
+    for name in list(found)[1:]:
+        assert torch.equal(found[name], getattr(streams, name))
+    assert torch.allclose(found["identity"], streams.gate * found["pooled_identity"])
+    baseline = bdam(decouple=False)
+    assert list(baseline.features(batch)) == ["embedding", "identity"]
+
+
+@pytest.mark.covers(143, 145)
+def test_the_match_loss_exists_under_pairwise_alone_and_is_balanced_like_the_others(batch):
+    assert "match" not in bdam().losses(batch, "finetune") and not hasattr(bdam(), "match_head")
+    method = bdam(protocol="pairwise")
+    assert set(method.losses(batch, "finetune")) == {*bdam().losses(batch, "finetune"), "match"}
+    assert "match" in method.balancer.tasks and method.scores_pairs
+    without = bdam(protocol="pairwise", weights={"match": 0.0})
+    assert not without.scores_pairs and "match" not in without.losses(batch, "finetune")
+
+
+@pytest.mark.covers(143)
+def test_pairwise_changes_nothing_about_the_other_losses(batch):
+    plain, method = bdam(), bdam(protocol="pairwise")
+    method.load_state_dict(plain.state_dict(), strict=False)
+    before, after = plain.losses(batch, "finetune"), method.losses(batch, "finetune")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.covers(143)
+def test_other_peoples_identical_texts_are_no_wrong_pairs(batch, monkeypatch):
+    seen = []
+    monkeypatch.setattr("reidctl.methods.bdam.matching_pairs", lambda s, wrong, t: seen.append(wrong) or PAIRS)
+    texts = {**batch.texts, "full": batch.texts["full"][torch.zeros(len(batch), dtype=torch.long)]}
+    same_words = dataclasses.replace(batch, texts=texts)
+    bdam(protocol="pairwise").losses(batch, "finetune")
+    bdam(protocol="pairwise").losses(same_words, "finetune")
+    bdam(protocol="pairwise", mask_duplicates=False).losses(same_words, "finetune")
+    other = batch.person[:, None] != batch.person
+    assert seen[0].any() and not (seen[0] & ~other).any()
+    assert not seen[1].any() and torch.equal(seen[2], other)
+
+
+PAIRS = (torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.ones(1))

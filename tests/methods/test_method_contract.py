@@ -100,6 +100,21 @@ def test_the_embedding_of_an_item_does_not_depend_on_the_others(name, folder):
     assert torch.allclose(text[5:6], text_alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_named_features_start_with_the_embedding_and_hold_one_finite_row_per_image(name, folder):
+    method = model(name)
+    batch = training_batch(method, folder, range(5))
+    images_only = Batch(image=batch.image)
+    with torch.no_grad():
+        found = method.features(batch)
+        alone = method.features(images_only)
+        assert next(iter(found)) == "embedding" and torch.equal(found["embedding"], method.embed_images(batch))
+    for feature, value in found.items():
+        assert value.shape[0] == 5 and value.ndim == 2 and value.dtype == torch.float32, feature
+        assert torch.isfinite(value).all(), feature
+        assert torch.equal(value, alone[feature]), "the texts of the batch must not be read"
+
+
 @pytest.mark.covers(142)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_gallery_embeddings_are_bit_identical_when_the_queries_change(name, folder):
@@ -176,3 +191,34 @@ def test_a_loss_of_weight_zero_is_not_computed(name, folder):
     if name == "clip":
         return  # its only loss
     assert first not in method.losses(training_batch(method, folder), "finetune")
+
+
+PAIRED = {"bdam": {"protocol": "pairwise"}}
+
+
+@pytest.mark.covers(143)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_method_scores_pairs_one_by_one_or_says_which_training_makes_a_head(name, folder):
+    method = model(name, **PAIRED.get(name, {}))
+    batch = training_batch(method, folder, range(6))
+    if name not in PAIRED:
+        assert not method.scores_pairs
+        for call in (lambda: method.encode_pair_images(batch), lambda: method.encode_pair_texts(batch)):
+            with pytest.raises(UsageError, match=r"no match head.*method\.protocol=pairwise"):
+                call()
+        return
+    assert method.scores_pairs
+    with torch.no_grad():
+        images = method.encode_pair_images(Batch(image=batch.image))
+        texts = method.encode_pair_texts(Batch(texts={"full": batch.texts["full"]}))
+        image, text = torch.tensor([0, 5, 2, 2]), torch.tensor([1, 1, 0, 4])
+        scores = method.pair_scores(images[image], texts[text])
+        assert scores.shape == (4,) and scores.dtype == torch.float32 and len(set(scores.tolist())) == 4
+        for place in range(4):
+            one = slice(place, place + 1)
+            alone = method.pair_scores(images[image[one]], texts[text[one]])
+            assert torch.allclose(alone, scores[one], atol=1e-5)
+
+
+def test_every_protocol_that_scores_pairs_is_tested_here():
+    assert {name for name in SETTINGS if model(name, **PAIRED.get(name, {})).scores_pairs} == set(PAIRED)
