@@ -266,6 +266,50 @@ SCHEMAS: dict[str, pa.Schema] = {
         },
         {"low": pa.float64(), "high": pa.float64(), "chosen": ENUM},
     ),
+    # What the features of a trained model hold: one number of one analysis, beside its control.
+    "analysis": _schema(
+        {
+            "analysis": ENUM,
+            "feature": ENUM,
+            "target": ENUM,
+            "metric": ENUM,
+            "value": pa.float64(),
+            "items": pa.int64(),
+            "people": pa.int64(),
+        },
+        {
+            "low": pa.float64(),
+            "high": pa.float64(),
+            "control": pa.float64(),
+            "control_high": pa.float64(),
+            "chance": pa.float64(),
+            "p_value": pa.float64(),
+        },
+    ),
+    # A study: every measured value of every training, and what the seeds say of each claim.
+    "study": _schema({"condition": ENUM, "seed": pa.int32(), "measure": ENUM, "value": pa.float64()}),
+    "claims": _schema(
+        {
+            "claim": TEXT,
+            "measure": ENUM,
+            "condition": ENUM,
+            "other": ENUM,
+            "other_measure": ENUM,
+            "direction": ENUM,
+            "matters": pa.float64(),
+            "seeds": pa.int32(),
+            "verdict": ENUM,
+            "reason": TEXT,
+        },
+        {
+            "bound": pa.float64(),
+            "effect": pa.float64(),
+            "low": pa.float64(),
+            "high": pa.float64(),
+            "p_value": pa.float64(),
+            "p_holm": pa.float64(),
+        },
+    ),
     "explanations": _schema(
         {
             "query_id": TEXT,

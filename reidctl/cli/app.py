@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 from reidctl import __version__
-from reidctl.cli import caption, data, doctor, evaluate, finetune, index, interpret, methods, report, search
+from reidctl.cli import (
+    analyse,
+    caption,
+    data,
+    doctor,
+    evaluate,
+    finetune,
+    index,
+    interpret,
+    methods,
+    report,
+    search,
+    study,
+)
 
 app = typer.Typer(
     name="reidctl",
@@ -40,6 +53,8 @@ app.command("index", epilog=index.EPILOG)(index.command)
 app.command("search", epilog=search.EPILOG)(search.command)
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.command)
 app.command("interpret", epilog=interpret.EPILOG)(interpret.command)
+app.command("analyse", epilog=analyse.EPILOG)(analyse.command)
+app.command("study", epilog=study.EPILOG)(study.command)
 app.command("report", epilog=report.EPILOG)(report.command)
 app.command("methods", epilog=methods.EPILOG)(methods.command)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.command)

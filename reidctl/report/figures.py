@@ -177,7 +177,7 @@ def gate_histograms(gates: Mapping[str, npt.NDArray[Any]], stem: Path) -> list[P
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     edges = [step / 40 for step in range(41)]
     for axes in panels:
-        _dress(axes)
+        dress(axes)
         axes.set_visible(False)
     for number, (axes, (name, values)) in enumerate(zip(panels, gates.items(), strict=False)):
         axes.set_visible(True)
@@ -222,11 +222,12 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     assert isinstance(axes, Axes)
-    _dress(axes)
+    dress(axes)
     return figure, axes
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
+    """Give axes the look that all figures share."""
     axes.set_facecolor("none")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

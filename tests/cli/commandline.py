@@ -27,6 +27,7 @@ STAGES = {
     "index": ("index",),
     "evaluate": ("evaluate",),
     "interpret": ("interpret", "--samples", "2"),
+    "analyse": ("analyse",),
     "report": ("report",),
 }
 

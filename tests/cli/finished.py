@@ -10,7 +10,7 @@ from commandline import STAGES, Chain, cli
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """The whole chain, once: data, caption, finetune, index, evaluate, interpret, report."""
+    """The whole chain, once: data, caption, finetune, index, evaluate, interpret, analyse, report."""
     made = Chain(tmp_path_factory.mktemp("chain") / "run")
     for stage, args in STAGES.items():
         result = cli(*args, "--run", made.run, "--json")

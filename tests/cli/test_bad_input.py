@@ -264,7 +264,7 @@ def test_synth_refuses_what_it_cannot_render(tmp_path, flags):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("stage", ["finetune", "index", "evaluate", "interpret", "search"])
+@pytest.mark.parametrize("stage", ["finetune", "index", "evaluate", "interpret", "analyse", "search"])
 def test_a_gpu_that_is_not_there_is_a_usage_error_with_the_way_out(chain, tmp_path, stage):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -284,7 +284,13 @@ def test_search_wants_exactly_one_query(chain):
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [("interpret", ("--explainer", "magic")), ("interpret", ("--phrase", " ")), ("evaluate", ("--query", "shoes"))],
+    [
+        ("interpret", ("--explainer", "magic")),
+        ("interpret", ("--phrase", " ")),
+        ("evaluate", ("--query", "shoes")),
+        ("analyse", ("--what", "magic")),
+        ("analyse", ("--limit", "0")),
+    ],
 )
 def test_an_unknown_choice_is_a_usage_error(chain, tmp_path, stage, words):
     run = chain.copy(tmp_path)
@@ -292,7 +298,14 @@ def test_an_unknown_choice_is_a_usage_error(chain, tmp_path, stage, words):
     assert (run / stage / "stage.json").is_file()
 
 
-@pytest.mark.parametrize("stage", ["index", "evaluate"])
+def test_an_analysis_that_does_not_apply_is_refused_by_name_and_keeps_the_old_result(chain, tmp_path):
+    run = chain.copy(tmp_path)
+    refused(3, "`--what dependence`", "too few to exchange", args=("analyse", "--what", "dependence", "--run", run))
+    refused(3, "`nobody`", "test split", args=("analyse", "--highlight", "nobody", "--run", run))
+    assert (run / "analyse" / "stage.json").is_file()
+
+
+@pytest.mark.parametrize("stage", ["index", "evaluate", "analyse"])
 def test_a_split_that_is_not_there_keeps_the_old_result(chain, tmp_path, stage):
     run = chain.copy(tmp_path)
     refused(3, "`nowhere`", args=(stage, "--split", "nowhere", "--run", run))
@@ -320,7 +333,7 @@ def test_a_writer_that_cannot_write_is_explained(chain, tmp_path, code, words, p
 # Runs
 
 
-@pytest.mark.parametrize("stage", ["caption", "finetune", "index", "evaluate", "interpret", "report"])
+@pytest.mark.parametrize("stage", ["caption", "finetune", "index", "evaluate", "interpret", "analyse", "report"])
 def test_a_run_that_is_not_there_names_the_next_step_and_makes_nothing(tmp_path, stage):
     run = tmp_path / "nowhere"
     refused(3, str(run), "reidctl ", args=(*STAGES[stage], "--run", run))
@@ -332,13 +345,13 @@ def test_each_stage_asks_for_the_one_before_it(chain, tmp_path):
     run = chain.copy(tmp_path, "data")
     refused(3, "`reidctl caption`", args=(*STAGES["finetune"], "--run", run))
     unfinished(run, "finetune")
-    for stage in ("index", "evaluate", "interpret"):
+    for stage in ("index", "evaluate", "interpret", "analyse"):
         refused(3, f"`reidctl finetune --run {run}`", args=(stage, "--run", run))
     run = chain.copy(tmp_path / "trained", "data", "caption", "finetune")
     refused(3, f"`reidctl index --run {run}`", args=("search", "a person", "--run", run))
 
 
-@pytest.mark.parametrize("stage", ["finetune", "index", "evaluate", "interpret", "report"])
+@pytest.mark.parametrize("stage", ["finetune", "index", "evaluate", "interpret", "analyse", "report"])
 def test_a_run_of_another_version_is_refused_and_stays_as_it_is(chain, tmp_path, stage):
     run = chain.copy(tmp_path)
     path = run / "data" / "stage.json"

@@ -119,6 +119,7 @@ CHANGES = {
     "index": ("--split", "all"),
     "evaluate": ("--split", "val"),
     "interpret": ("--phrase", "a red coat"),
+    "analyse": ("--what", "gates"),
 }
 
 
@@ -130,7 +131,7 @@ def test_a_changed_setting_runs_the_stage_again(chain, tmp_path, stage):
     assert cli(*STAGES[stage], *CHANGES[stage], "--run", run, "--json").json["status"] == "up-to-date"
 
 
-@pytest.mark.parametrize("stage", ["data", "finetune", "index", "evaluate", "report"])
+@pytest.mark.parametrize("stage", ["data", "finetune", "index", "evaluate", "analyse", "report"])
 def test_force_runs_the_stage_again_with_the_same_result(chain, tmp_path, stage):
     run = chain.copy(tmp_path)
     result = cli(*STAGES[stage], "--force", "--run", run, "--json")

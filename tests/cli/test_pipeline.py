@@ -73,7 +73,7 @@ def test_ctrl_c_and_terminate_say_so_and_running_again_finishes(chain, whole, tm
 
 
 def test_every_stage_of_the_chain_left_its_record_and_tables(chain):
-    for stage in ("data", "caption", "finetune", "index", "evaluate", "interpret", "report"):
+    for stage in ("data", "caption", "finetune", "index", "evaluate", "interpret", "analyse", "report"):
         record = json.loads((chain.run / stage / "stage.json").read_text())
         assert record["stage"] == stage and record["version"] and record["fingerprint"]
         for name, facts in record["outputs"].items():

@@ -142,6 +142,18 @@ def test_text_padding_changes_nothing(order: str, bidirectional: bool, kind: str
         assert torch.allclose(padded[row : row + 1], module(**alone).feature, atol=1e-6)
 
 
+@pytest.mark.covers(56)
+@pytest.mark.parametrize("sequence", READINGS)
+def test_pytorchs_fast_path_gives_what_the_ordinary_one_gives(sequence: str) -> None:
+    """In evaluation without gradients PyTorch runs an encoder layer as one fused operation, padding mask included."""
+    module, given = fusion(kind="transformer", sequence=sequence), inputs()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    ordinary = module(**given, text_mask=mask).feature
+    assert ordinary.requires_grad
+    with torch.no_grad():
+        assert torch.allclose(module(**given, text_mask=mask).feature, ordinary, atol=1e-5)
+
+
 @pytest.mark.covers(139)
 @pytest.mark.parametrize("sequence", ["pair", "tokens"])
 def test_the_order_matters_to_a_causal_scan(sequence: str) -> None:

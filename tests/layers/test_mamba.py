@@ -1,14 +1,22 @@
 """The Mamba layer against its recurrence, its closed form and transformers' implementation."""
 
+import importlib.util
+import itertools
+import math
 import sys
 import types
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.bench_mamba import fitted_exponent
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reidctl.errors import UsageError
+from reidctl.evaluation.efficiency import count_flops, kept_bytes
+from reidctl.layers.fusion import _transformer
 from reidctl.layers.mamba import Mamba, MambaStack, associative_scan, linear_scan, selective_scan
 
 
@@ -260,36 +268,173 @@ def test_kernel_call_follows_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) 
     assert torch.allclose(layer(u, mask), expected, atol=1e-10)
 
 
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+
+
+def slopes(values: Sequence[float]) -> list[float]:
+    """The exponent from each length to its double."""
+    return [math.log2(after / before) for before, after in itertools.pairwise(values)]
+
+
+def encoder(dropout: float) -> torch.nn.Module:
+    """One layer and one head as in the fusion's comparator; with dropout no fused kernel fits on the CPU."""
+    return _transformer(16, 1, 1, dropout).train()
+
+
+def operations(model: torch.nn.Module, length: int) -> int:
+    with torch.no_grad():
+        return count_flops(lambda: model(torch.zeros(1, length, 16)), model)
+
+
+def kept(model: torch.nn.Module, length: int) -> int:
+    x = torch.zeros(1, length, 16)
+    return kept_bytes(lambda: model(x), [x, *model.parameters()])
+
+
+def test_fitted_exponent_by_hand() -> None:
+    assert fitted_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert fitted_exponent([1, 2, 4], [1, 2, 1]) == pytest.approx(0)
+    assert math.isnan(fitted_exponent([64], [1.0]))
+
+
 @pytest.mark.covers(140)
-def test_matrix_work_is_linear_in_the_length_where_attention_is_not() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+def test_operations_grow_linearly_with_the_length_and_those_of_attention_towards_its_square() -> None:
+    ours = [operations(MambaStack(2, 16), length) for length in LENGTHS]
+    attention = [operations(encoder(0.0), length) for length in LENGTHS]
+    assert fitted_exponent(LENGTHS, ours) == pytest.approx(1, abs=0.005)
+    assert slopes(ours) == pytest.approx([1] * 5, abs=0.005)
+    assert slopes(attention) == sorted(slopes(attention)) and 1.9 < slopes(attention)[-1] < 2
+    assert 1.6 < fitted_exponent(LENGTHS, attention) < fitted_exponent(LENGTHS[3:], attention[3:]) < 2
 
-    def operations(model: torch.nn.Module, length: int) -> int:
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            model(torch.zeros(1, length, 32))
-        return int(counter.get_total_flops())
 
-    attention = torch.nn.MultiheadAttention(32, 2, batch_first=True)
-    attend = torch.nn.Module()
-    attend.forward = lambda x: attention(x, x, x, need_weights=True)[0]  # type: ignore[method-assign]
-    assert operations(MambaStack(1, 32), 512) == pytest.approx(4 * operations(MambaStack(1, 32), 128), rel=0.02)
-    assert operations(attend, 512) > 6 * operations(attend, 128)
+@pytest.mark.covers(140)
+def test_kept_memory_is_linear_in_the_length_and_quadratic_only_where_attention_holds_its_matrix() -> None:
+    ours, fused, held = ([kept(build(), n) for n in LENGTHS] for build in (
+        lambda: MambaStack(2, 16), lambda: encoder(0.0), lambda: encoder(0.1)))  # fmt: skip
+    # A single chunk is not computed again, so 64 tokens keep all their states: the exponent is that of what follows.
+    assert slopes(ours)[0] < 0
+    assert fitted_exponent(LENGTHS[1:], ours[1:]) == pytest.approx(1, abs=0.02)
+    assert fitted_exponent(LENGTHS, fused) == pytest.approx(1, abs=0.02)
+    assert slopes(held) == sorted(slopes(held)) and 1.85 < slopes(held)[-1] < 2
 
 
 @pytest.mark.covers(140)
 def test_memory_kept_for_the_backward_pass_does_not_hold_the_states() -> None:
-    def kept(length: int) -> int:
-        sizes: dict[int, int] = {}
+    layer = Mamba(16)
+    states = 32 * 16 * 4  # bytes of one token's (E, N) state
+    per_token = (kept(layer, 1024) - kept(layer, 512)) / 512
+    assert states / 64 < per_token < states  # one state per chunk is, with what the maps around it keep
 
-        def pack(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
 
-        layer = Mamba(32)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(torch.zeros(1, length, 32)).sum()
-        return sum(sizes.values())
+class Dispatched(TorchDispatchMode):
+    """Counts operations that compute or copy; views cost nothing and are left out."""
 
-    states = 64 * 16 * 4  # bytes of one token's (E, N) state
-    assert (kept(1024) - kept(512)) / 512 < states
+    VIEWS = frozenset(
+        {"slice", "select", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "transpose", "t", "detach"}
+        | {"alias", "split", "split_with_sizes", "as_strided", "permute"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += str(func).split(".")[1] not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(run: Callable[[Tensor], Tensor], length: int, *, backward: bool) -> int:
+    u = sequence(1, length, 8).requires_grad_(backward)
+    with torch.set_grad_enabled(backward), Dispatched() as mode:
+        y = run(u)
+        if backward:
+            y.sum().backward()
+    return mode.count
+
+
+@pytest.mark.covers(140)
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_loop_over_tokens_operations_grow_with_the_logarithm_in_a_chunk_and_with_the_chunks(backward: bool) -> None:
+    def counts(chunk: int, lengths: Sequence[int]) -> list[int]:
+        return [dispatched(small(chunk=chunk), length, backward=backward) for length in lengths]
+
+    whole = counts(4096, LENGTHS)
+    steps = [after - before for before, after in itertools.pairwise(whole)]
+    assert len(set(steps)) == 1 and 0 < steps[0] < 20, "a doubling costs one more round of the scan"
+    # More chunks: the same operations again for each of them, none for a token.
+    cut = counts(64, LENGTHS[1:])
+    per_chunk = [
+        (after - before) / more for (before, after), more in zip(itertools.pairwise(cut), (2, 4, 8, 16), strict=True)
+    ]
+    assert per_chunk == [per_chunk[0]] * 4 and per_chunk[0] < 2 * whole[0]
+    halves = counts(32, (1024, 2048))
+    assert 1.5 * 16 * per_chunk[0] < halves[1] - halves[0] < 2.5 * 16 * per_chunk[0]
+
+
+@pytest.mark.covers(140)
+def test_a_loop_over_tokens_would_be_seen() -> None:
+    layer = small()
+    loop = [dispatched(lambda u: slow_mamba(layer, u), length, backward=False) for length in (64, 128)]
+    assert loop[1] - loop[0] > 5 * 64
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Without TF32, whose three digits would hide what is compared."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The Euclidean distance over the length: 0.004 is one bfloat16 step everywhere."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+NEEDS_KERNEL = pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("mamba_ssm") is None,
+    reason="needs a CUDA device and mamba_ssm",
+)
+
+
+@pytest.mark.gpu
+@NEEDS_KERNEL
+@pytest.mark.covers(54)
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("length", [1, 64, 333])
+def test_the_cuda_kernel_gives_what_the_plain_scan_gives(dtype: torch.dtype, tolerance: float, length: int) -> None:
+    torch.manual_seed(0)
+    plain, kernel = (Mamba(256, use_kernel=use).cuda() for use in ("never", "always"))
+    kernel.load_state_dict(plain.state_dict())
+    mask = (torch.arange(length)[None] < torch.tensor([[length], [max(length // 2, 1)]])).cuda()
+    outputs, gradients = [], []
+    for layer in (plain, kernel):
+        u = sequence(2, length, 256, dtype=torch.float32).cuda().requires_grad_()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(u, mask)
+        assert y.dtype == dtype
+        y.float().square().sum().backward()
+        outputs.append(y.detach())
+        gradients.append([u.grad, *(p.grad for p in layer.parameters())])
+    assert relative(*outputs) < tolerance
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours is not None and theirs is not None
+        if theirs.any():  # A_log has no effect on one token
+            assert relative(ours, theirs) < 10 * tolerance
+
+
+@pytest.mark.gpu
+@NEEDS_KERNEL
+@pytest.mark.covers(54)
+@pytest.mark.usefixtures("exact_products")
+def test_layer_equals_mamba_ssms_with_the_same_state_dict() -> None:
+    from mamba_ssm import Mamba as Theirs
+
+    torch.manual_seed(0)
+    theirs, ours = Theirs(d_model=256, d_state=16, d_conv=4, expand=2).cuda(), Mamba(256, use_kernel="never").cuda()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    u = sequence(2, 100, 256, dtype=torch.float32).cuda()
+    with torch.no_grad():
+        assert relative(ours(u), theirs(u)) < 1e-4

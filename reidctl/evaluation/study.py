@@ -1,0 +1,205 @@
+"""What a study file says: conditions, seeds, measures, claims; read with the nearest valid key in every complaint."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from reidctl.config import SECTIONS, Section, merge, parse_section
+from reidctl.errors import UsageError
+from reidctl.evaluation.claims import Claim
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+ANALYSES = ("probes", "dependence", "clones", "tsne", "gates", "efficiency", "architecture")
+
+
+class Measures(Section):
+    """What is measured of every trained model, on test people.
+
+    Attributes:
+        query: what a text query is, as in `evaluate --query`.
+        settings: robustness settings, as in `evaluate --setting`.
+        analyses: as in `analyse --what`.
+        features: as in `analyse --features`.
+        elsewhere: further datasets by name: a `synth` section over the condition's, as `cross.t2i.mAP` in `measure`.
+        rerank: as in `evaluate --rerank`.
+    """
+
+    query: Literal["caption", "identity+clothing", "identity", "clothing"] = "caption"
+    settings: tuple[str, ...] = ()
+    analyses: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    elsewhere: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    rerank: tuple[str, ...] = ()
+
+    @field_validator("analyses")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in ANALYSES]
+        if unknown:
+            raise ValueError(f"unknown analysis `{unknown[0]}`; one of: {', '.join(ANALYSES)}")
+        return names
+
+
+class Condition(Section):
+    """One way to train.
+
+    Attributes:
+        label: what people read; default: the condition's name.
+        row: the row that papers print for it: one name for all, or one per paper.
+        set: recipe sections, over the study's own.
+        method: a method or shipped recipe; default: the study's.
+        measure: instead of the study's.
+        x: its place on the horizontal axis of a curve.
+    """
+
+    label: str = ""
+    row: str | dict[str, str] = ""
+    set: dict[str, Any] = Field(default_factory=dict)
+    method: str | None = None
+    measure: Measures | None = None
+    x: float | None = None
+
+    def printed_row(self, paper: str) -> str:
+        """The name of the row in a paper's table; empty if it has none."""
+        return self.row if isinstance(self.row, str) else self.row.get(paper, "")
+
+
+class Column(Section):
+    """A column of the table.
+
+    Attributes:
+        measure: a dotted name.
+        title: its heading; default: the name.
+        unit: `percent` shows fractions in per cent, `number` as they are.
+        scale: factor before a `number` is shown, as 1e-6 for millions.
+        digits: after the point.
+    """
+
+    measure: str
+    title: str = ""
+    unit: Literal["percent", "number"] = "percent"
+    scale: float = 1.0
+    digits: int = Field(default=1, ge=0, le=6)
+
+
+class Drawing(Section):
+    """The study's figure.
+
+    Attributes:
+        kind: `bars` of the conditions, a `curve` over their `x`, or a `radar` (every measure min-max scaled).
+        measures: what is drawn; default: the table's.
+        costs: of a radar, the measures that are better when smaller.
+        axis: the name of `x`.
+    """
+
+    kind: Literal["bars", "curve", "radar", "none"] = "bars"
+    measures: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
+    axis: str = ""
+
+
+class Study(Section):
+    """A study: the same data and seeds for every condition, one table, claims.
+
+    Attributes:
+        about: one sentence.
+        base: another study file whose keys lie underneath, relative to this one.
+        method: a method or shipped recipe.
+        recipe: recipe sections of every condition (`synth`, `caption`, `method`, `backbone`, `train`, `data`).
+        start: a whole recipe (with `seed`, `synth`, `method`, ...) of a training whose towers all conditions start
+            from; trained once.
+        seeds: each renders people of its own and trains with itself as seed.
+        conditions: by name.
+        measure: see `Measures`.
+        table: its columns.
+        published: which table each paper prints, by paper.
+        claims: what is tested.
+        draw: the figure.
+        notes: sentences that readers of the result need.
+    """
+
+    about: str
+    base: Path | None = None
+    method: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    start: dict[str, Any] | None = None
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    conditions: dict[str, Condition]
+    measure: Measures = Measures()
+    table: tuple[Column, ...] = (Column(measure="t2i.rank1", title="rank-1"), Column(measure="t2i.mAP", title="mAP"))
+    published: dict[str, str] = Field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    draw: Drawing = Drawing()
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Study":
+        if not self.conditions:
+            raise ValueError("a study needs conditions")
+        for name, condition in self.conditions.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"condition `{name}`: names are lower-case letters, digits, - and _")
+            _check_sections(condition.set, f"condition `{name}`")
+        _check_sections(self.recipe, "recipe")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different numbers from 0, got {list(self.seeds)}")
+        for claim in self.claims:
+            unknown = [name for name, _ in claim.needs if name not in self.conditions]
+            if unknown:
+                raise ValueError(f"the claim `{claim.say}` names `{unknown[0]}`, which is no condition")
+        if self.draw.kind == "curve" and any(condition.x is None for condition in self.conditions.values()):
+            raise ValueError("a curve needs `x` in every condition")
+        return self
+
+
+def _check_sections(sections: Mapping[str, Any], where: str) -> None:
+    allowed = [name for name in SECTIONS if name not in ("about", "seed")]
+    for name, values in sections.items():
+        if name not in allowed:
+            raise ValueError(f"{where}: unknown recipe section `{name}`; one of: {', '.join(allowed)}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: section `{name}` must hold settings as `key: value`")
+
+
+def load_study(path: Path) -> Study:
+    """Return the study that a YAML file describes, with its `base` files underneath.
+
+    Raises:
+        UsageError: no such file, invalid YAML, an unknown key, a claim about nothing, or bases that form a circle.
+    """
+    return parse_section(Study, _read(path, ()), "study")
+
+
+def study_name(path: Path) -> str:
+    """Return what a study's results are called: the file's name without ending.
+
+    Raises:
+        UsageError: the name cannot be a folder of its own.
+    """
+    name = path.stem.lower().replace(" ", "-")
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"`{path.name}` is no name for results.", hint="Use letters, digits, - and _.")
+    return name
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise UsageError(f"Study {path} lies on top of itself (`base`).")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"No study file {path}.", hint="Studies are YAML files, as in pipelines/studies/.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"Study {path} is not a text file.") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"Study {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"Study {path} must be a mapping of keys.")
+    base = content.get("base")
+    if not isinstance(base, str):
+        return content
+    return merge(_read(path.parent / base, (*above, path.resolve())), content)

@@ -1,0 +1,317 @@
+"""One training of a study and everything that is measured of it; runs in a process of its own."""
+
+import fcntl
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reidctl import console, tables
+from reidctl.errors import ReidctlError
+from reidctl.evaluation.study import Measures
+from reidctl.runs import Run, fingerprint
+
+_FORMAT = 1
+"""Of the stored values: a change of what a name means gets another number, and is then measured again."""
+
+Values = dict[str, float]
+Recipe = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """People to render and, if the recipe has a `caption` section, texts to write.
+
+    Attributes:
+        home: of the study's runs.
+        recipe: sections `synth`, `caption` and `seed`.
+    """
+
+    home: Path
+    recipe: Recipe
+
+    @property
+    def pictures(self) -> Run:
+        """Where the people are."""
+        facts = {name: self.recipe.get(name) for name in ("synth", "seed")}
+        return Run(self.home / "data" / fingerprint(facts, {})[:12])
+
+    @property
+    def texts(self) -> Run | None:
+        """Where the identity and clothing texts are; None if none are asked for."""
+        if "caption" not in self.recipe:
+            return None
+        facts = {name: self.recipe.get(name) for name in ("synth", "seed", "caption")}
+        return Run(self.home / "texts" / fingerprint(facts, {})[:12])
+
+    @property
+    def folder(self) -> Path:
+        """Where the tables of the people are."""
+        return self.pictures.stage_dir("data")
+
+    @property
+    def captions(self) -> Path | None:
+        """The table of identity and clothing texts."""
+        return self.texts.table("caption", "captions") if self.texts else None
+
+    def make(self) -> None:
+        """Render and describe, if that is not done yet."""
+        from reidctl.stages import caption, data_synth
+
+        with locked(self.pictures.path):
+            data_synth.run(self.pictures, self.recipe, workers=1)
+        if self.texts is not None:
+            with locked(self.texts.path):
+                caption.run(self.texts, self.recipe, data=self.folder)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: a recipe with seed, its data, and where its towers start from.
+
+    Attributes:
+        home: of the study's runs.
+        recipe: resolved, with `seed`; `start` is not in it.
+        start: the training that it starts from; None: `backbone.spec`.
+    """
+
+    home: Path
+    recipe: Recipe
+    start: "Unit | None" = None
+
+    @property
+    def dataset(self) -> Dataset:
+        """The people it is trained, validated and tested on."""
+        return Dataset(self.home, {k: v for k, v in self.recipe.items() if k in ("synth", "caption", "seed")})
+
+    @property
+    def name(self) -> str:
+        """What its run is called: the same for equal trainings, whatever study asks for them."""
+        facts = {"recipe": dict(self.recipe), "start": self.start.name if self.start else None}
+        return fingerprint(facts, {})[:12]
+
+    @property
+    def run(self) -> Run:
+        """Its run."""
+        return Run(self.home / "units" / self.name)
+
+    def train(self) -> dict[str, Any]:
+        """Train, if that is not done yet; return the record."""
+        from reidctl.stages import finetune
+
+        recipe = dict(self.recipe)
+        if self.start is not None:
+            recipe["backbone"] = {**recipe["backbone"], "start": str(self.start.run.path)}
+        return finetune.run(self.run, recipe, data=self.dataset.folder, captions=self.dataset.captions)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does: make data, train, or train and measure.
+
+    Attributes:
+        work: a dataset or a training.
+        measures: what is measured of a training, study by study.
+    """
+
+    work: Dataset | Unit
+    measures: tuple[Measures, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job left: values for each of its measures, or why it failed."""
+
+    job: Job
+    values: tuple[Values, ...]
+    error: str
+    seconds: float
+
+
+def work(job: Job) -> Done:
+    """Do a job; a mistake that the user can mend becomes `error`, a bug is raised."""
+    import torch
+
+    # One thread each: another number gives other last bits, and results must not depend on how many run at a time.
+    torch.set_num_threads(1)
+    run = job.work.run if isinstance(job.work, Unit) else (job.work.texts or job.work.pictures)
+    started = time.monotonic()
+    with _logged(run.path / "log.txt"):
+        try:
+            values = _do(job)
+        except ReidctlError as error:
+            console.log.error(str(error))
+            return Done(job, (), str(error), time.monotonic() - started)
+    return Done(job, values, "", time.monotonic() - started)
+
+
+def _do(job: Job) -> tuple[Values, ...]:
+    if isinstance(job.work, Dataset):
+        job.work.make()
+        return ()
+    unit = job.work
+    unit.dataset.make()
+    with locked(unit.run.path):
+        record = unit.train()
+        return tuple(measure(unit, record, measures) for measures in job.measures)
+
+
+def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Values:
+    """Return every measured value by its dotted name; each measurement is kept and not repeated.
+
+    `t2i.mAP`, `cloth-changing.i2i.rank1` (conditions of `evaluate`), `chance.t2i.rank1`, `identity-only.t2i.mAP` and
+    `.drop` (robustness), `NAME.t2i.mAP` (elsewhere), names of `analyse`, `train.images_per_second`, `weight.LOSS`.
+    """
+    seed = int(unit.recipe["seed"])
+    found = _of_training(unit.run, trained)
+    for name, synth in measures.elsewhere.items():
+        recipe = {**unit.dataset.recipe, "synth": {**unit.dataset.recipe.get("synth", {}), **synth}}
+        other = Dataset(unit.home, recipe)
+        other.make()
+        values = _kept(unit, f"elsewhere-{name}", recipe, lambda o=other: _evaluate(unit, measures, seed, o))
+        found |= {f"{name}.{key}": value for key, value in values.items()}
+    if measures.settings:
+        found |= _kept(unit, "robustness", {"settings": measures.settings}, lambda: _robustness(unit, measures, seed))
+    if measures.analyses:
+        asked: dict[str, Any] = {"what": measures.analyses, "features": measures.features}
+        found |= _kept(unit, "analyse", asked, lambda: _analyse(unit, measures, seed))
+    asked = {"query": measures.query, "rerank": measures.rerank}
+    # The standard evaluation comes last: its tables are the ones that stay in the run.
+    return found | _kept(unit, "evaluate", asked, lambda: _evaluate(unit, measures, seed, unit.dataset))
+
+
+def _kept(unit: Unit, kind: str, asked: Mapping[str, Any], compute: Any) -> Values:
+    """Values from the file of an equal measurement, else computed and filed."""
+    model = unit.run.require("finetune")["outputs"]["finetune/model.safetensors"]["sha256"]
+    name = fingerprint({"format": _FORMAT, "kind": kind, "asked": dict(asked), "model": model}, {})[:12]
+    path = unit.run.stage_dir("values") / f"{kind}-{name}.json"
+    if path.is_file():
+        values: Values = json.loads(path.read_text(encoding="utf-8"))
+        return values
+    values = compute()
+    tables.write_text(path, json.dumps(values, indent=0) + "\n")
+    return values
+
+
+def _of_training(run: Run, trained: Mapping[str, Any]) -> Values:
+    history = tables.read_table(run.table("finetune", "history"), "history")
+    last = history.groupby("name", observed=True)["value"].last()
+    found = {str(name).replace("/", "."): float(value) for name, value in last.items() if "weight/" in str(name)}
+    found |= {f"train.{name}": float(trained[name]) for name in ("images_per_second", "parameters", "best_epoch")}
+    return found
+
+
+def _evaluate(unit: Unit, measures: Measures, seed: int, dataset: Dataset) -> Values:
+    from reidctl.stages import evaluate
+
+    record = evaluate.run(
+        unit.run,
+        query=measures.query,
+        rerank=measures.rerank,
+        seed=seed,
+        data=dataset.folder,
+        captions=dataset.captions,
+    )
+    shown = [facts for facts in record["tables"].values() if not facts["about"]]
+    several = len({facts["dataset"] for facts in shown}) > 1
+    found: Values = {}
+    for facts in shown:
+        where = f"{facts['dataset']}." if several else ""
+        for condition, metrics in facts["rows"].items():
+            prefix = "" if condition == "standard" else f"{condition}."
+            for metric, (value, _, _) in metrics.items():
+                found[f"{where}{prefix}{facts['direction']}.{metric}"] = float(value)
+    return found
+
+
+def _robustness(unit: Unit, measures: Measures, seed: int) -> Values:
+    from reidctl.stages import robustness
+
+    people = unit.dataset
+    robustness.run(unit.run, settings=measures.settings, seed=seed, data=people.folder, captions=people.captions)
+    frame = tables.read_table(unit.run.table("robustness", "robustness"), "robustness")
+    found: Values = {}
+    for (setting, direction, metric), rows in frame.groupby(["setting", "direction", "metric"], observed=True):
+        # Several draws of a setting have a row for their mean, seed -1.
+        row = rows[rows["seed"] == rows["seed"].min()].iloc[0]
+        name = f"{setting}.{direction}.{metric}"
+        parts = {name: row["value"], f"{name}.drop": row["drop"], f"{name}.ceiling": row["ceiling"]}
+        found |= {key: float(value) for key, value in parts.items() if not pd.isna(value)}
+    return found
+
+
+def _analyse(unit: Unit, measures: Measures, seed: int) -> Values:
+    from reidctl.stages import analyse
+
+    people = unit.dataset
+    record = analyse.run(
+        unit.run,
+        what=measures.analyses,
+        features=measures.features,
+        seed=seed,
+        data=people.folder,
+        captions=people.captions,
+    )
+    return flatten(record["metrics"])
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Values:
+    """Return nested numbers by dotted names; of `{value, low, high, ...}` the value has the bare name."""
+    found: Values = {}
+    for key, value in metrics.items():
+        name = prefix if key == "value" and prefix else f"{prefix}.{key}" if prefix else key
+        if isinstance(value, Mapping):
+            found |= flatten(value, name)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[name] = float(value)
+    return found
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; another study that wants it waits. The lock of a killed process is gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send what this process writes to stdout and stderr to a log file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    console.configure()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, saved in enumerate(kept, start=1):
+            os.dup2(saved, number)
+            os.close(saved)
+
+
+def end_with_parent() -> None:
+    """Make this worker end when the study's process is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
