@@ -44,6 +44,7 @@ def run(
     run: Run,
     *,
     what: Sequence[str] = (),
+    lenient: bool = False,
     split: str = "test",
     sensitive: bool = False,
     highlight: Sequence[str] = (),
@@ -65,6 +66,7 @@ def run(
     Args:
         run: holds the trained model; where the stage writes.
         what: analyses, of `ANALYSES`; empty: every one of `DEFAULT` that applies. What does not apply is then a note.
+        lenient: also an analysis that was asked for by name may not apply, and nothing at all is a result.
         split: whose images.
         sensitive: also probe skin and ethnicity.
         highlight: people who stand out in the t-SNE map; default: the two with most images.
@@ -108,7 +110,9 @@ def run(
     rows = whole_families(subject.corpus.images, limit, seed=seed, first=highlight)
     material = Material(subject, part_of(subject.corpus, rows), seed, sensitive, tuple(highlight), tuple(features))
     found = Found(notes=list(subject.notes) + _sampled(len(rows), subject.corpus.images))
-    done = _analyse(material, found, asked, strict=bool(what))
+    done = _analyse(material, found, asked, strict=bool(what) and not lenient)
+    if not done and not lenient:
+        raise DataError(f"Nothing can be analysed here. {' '.join(found.notes)}")
     # Whatever can go wrong has; only now does the old result go.
     run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
@@ -174,7 +178,7 @@ def _analyse(material: Material, found: Found, names: Sequence[str], *, strict: 
     """Do the analyses that apply; return their names.
 
     Raises:
-        DataError: one does not apply, if `strict`; else if none does.
+        DataError: one does not apply, if `strict`.
     """
     done, reasons = [], []
     for name in names:
@@ -185,8 +189,6 @@ def _analyse(material: Material, found: Found, names: Sequence[str], *, strict: 
             reasons.append(f"{name}: not done: {error}.")
             if strict:
                 raise DataError(f"`--what {name}` does not apply: {error}.") from None
-    if not done:
-        raise DataError(f"Nothing can be analysed here. {' '.join(reasons)}")
     found.notes += reasons
     return done
 

@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -192,7 +193,11 @@ def _key(measures: Measures) -> str:
 
 
 def _parallel(jobs: Sequence[Job], workers: int) -> Iterator[Done]:
-    """Yield what the jobs left, as they end; no process outlives an interrupt."""
+    """Yield what the jobs left, as they end; no process outlives an interrupt.
+
+    Raises:
+        DataError: a process was killed.
+    """
     if not jobs:
         return
     # Forking after torch has started threads can deadlock, so the workers start clean.
@@ -202,6 +207,11 @@ def _parallel(jobs: Sequence[Job], workers: int) -> Iterator[Done]:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             yield future.result()
         pool.shutdown()
+    except BrokenProcessPool:
+        raise DataError(
+            "A training process was killed from outside, perhaps because memory ran out.",
+            hint="What is finished is kept: run the same command again, with fewer --jobs.",
+        ) from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():

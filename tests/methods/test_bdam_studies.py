@@ -127,7 +127,7 @@ def test_the_noise_study_is_a_curve_over_the_share_that_it_trains_with():
     }
     assert study.draw.kind == "curve"
     assert all(study.conditions[name].x == share for name, share in shares.items() if name != "baseline")
-    assert sorted(set(shares.values())) == [0.0, 0.25, 0.5, 1.0]
+    assert sorted(set(shares.values())) == [0.0, 0.25, 1.0]
 
 
 @pytest.mark.covers(165)

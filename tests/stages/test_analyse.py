@@ -191,14 +191,14 @@ def test_dependence_tells_independent_streams_from_a_copy(planted, monkeypatch):
 
 def test_an_untrained_model_gives_every_analysis_and_its_files(made):
     run, record = made
-    assert record["analyses"] == list(analyse.ANALYSES) and 0 < SOME - record["images"] < 8
+    assert record["analyses"] == list(analyse.DEFAULT) and 0 < SOME - record["images"] < 8
     folder = run.stage_dir("analyse")
     names = {path.name for path in folder.iterdir()}
     figures = {f"{stem}.{end}" for stem in ("probes", "clones", "gates", "tsne") for end in ("png", "svg", "csv")}
-    assert names == figures | {"analysis.parquet", "gates.json", "stage.json"}
+    assert names == figures | {"analysis.parquet", "gates.json", "architecture.md", "stage.json"}
     assert {f"analyse/{name}" for name in names - {"stage.json"}} == set(record["outputs"])
     rows = rows_of(run)
-    assert {key[0] for key in rows} == set(analyse.ANALYSES)
+    assert {key[0] for key in rows} == set(analyse.DEFAULT) - {"architecture"}
     assert {key[1] for key in rows if key[0] == "probes"} == {
         "embedding", "identity", "clothing", "pooled_identity", "pooled_clothing"
     }  # fmt: skip
@@ -365,3 +365,40 @@ def test_no_model_is_a_data_error(tmp_path):
 def test_a_model_that_was_chosen_on_the_split_says_so(people, tmp_path):
     record = analyse.run(trained(tmp_path / "r", people, selected_on="test"), what=["gates"], limit=20, device="cpu")
     assert any("chosen on the test split" in note for note in record["notes"])
+
+
+@pytest.mark.covers(163)
+def test_the_architecture_is_written_from_the_built_model(made):
+    run, record = made
+    text = (run.stage_dir("analyse") / "architecture.md").read_text()
+    assert "```mermaid" in text and "critic" in text
+    total = sum(p.numel() for p in load_method(run.stage_dir("finetune")).parameters())
+    assert f"{total:,} parameters" in text
+
+
+@pytest.mark.covers(161, 233)
+def test_costs_are_measured_when_asked_for_by_name_alone(made):
+    run, record = made
+    assert "efficiency" not in record["analyses"], "timings differ from run to run"
+    found = analyse.run(run, what=["efficiency"], device="cpu")["metrics"]
+    method = load_method(run.stage_dir("finetune"))
+    # An image and a text are both there, so the vectors that stand for a missing one are not read.
+    read = [p.numel() for name, p in method.fusion.named_parameters() if not name.startswith("null")]
+    assert found["efficiency.fusion.parameters"] == sum(read)
+    for part in ("image", "text", "fusion", "step"):
+        assert all(found[f"efficiency.{part}.{name}"] > 0 for name in ("flops", "kept_bytes", "items_per_second"))
+
+
+def test_probes_read_the_features_that_were_asked_for(made):
+    run, _ = made
+    found = analyse.run(run, what=["probes"], features=["identity"], device="cpu")["metrics"]
+    assert {name.split(".")[1] for name in found} == {"identity"}
+    with pytest.raises(DataError, match="none of the features magic"):
+        analyse.run(run, what=["probes"], features=["magic"], device="cpu")
+
+
+def test_what_does_not_apply_is_an_error_by_name_and_a_note_when_lenient(made):
+    run, _ = made
+    asked = {"what": ["probes"], "features": ["magic"], "device": "cpu"}
+    record = analyse.run(run, lenient=True, **asked)
+    assert record["metrics"] == {} and any("none of the features magic" in note for note in record["notes"])

@@ -1,6 +1,7 @@
 """A whole small study through the stage: what it leaves, what it repeats, and what happens when something fails."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -151,3 +152,13 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, finished):
 def test_nested_metrics_become_dotted_names():
     found = flatten({"a": {"b": {"value": 0.5, "low": 0.1, "note": "x"}, "c": 2}, "d": True})
     assert found == {"a.b": 0.5, "a.b.low": 0.1, "a.c": 2.0}
+
+
+def _die(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_from_outside_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setattr(study, "work", _die)
+    with pytest.raises(DataError, match="killed from outside, perhaps because memory ran out"):
+        list(study._parallel([study.Job(None)], 1))
