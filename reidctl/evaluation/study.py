@@ -165,13 +165,13 @@ def _check_sections(sections: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: section `{name}` must hold settings as `key: value`")
 
 
-def load_study(path: Path) -> Study:
-    """Return the study that a YAML file describes, with its `base` files underneath.
+def load_study(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
+    """Return the study that a YAML file describes, with its `base` files underneath and `changes` above.
 
     Raises:
         UsageError: no such file, invalid YAML, an unknown key, a claim about nothing, or bases that form a circle.
     """
-    return parse_section(Study, _read(path, ()), "study")
+    return parse_section(Study, merge(_read(path, ()), changes or {}), "study")
 
 
 def study_name(path: Path) -> str:

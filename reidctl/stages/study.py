@@ -96,9 +96,7 @@ def _plans(home: Path, files: Sequence[Path], seeds: Sequence[int] | None) -> li
         name = study_name(path)
         if name in _RESERVED or name in (plan.name for plan in plans):
             raise UsageError(f"The results of {path} cannot be called `{name}`.", hint="Rename the study file.")
-        study = load_study(path)
-        if seeds is not None:
-            study = study.replace(seeds=tuple(seeds))
+        study = load_study(path, {} if seeds is None else {"seeds": list(seeds)})
         plans.append(Plan(name, path, study, _units(home, study)))
     return plans
 
