@@ -361,6 +361,7 @@ class Trainer:
             values[f"weight/{name}"] = weights[name]
             if name in norms:
                 values[f"grad_norm/{name}"] = norms[name]
+        values |= self.method.training_report()
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         self._log(epoch, "train", values)
 

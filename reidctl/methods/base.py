@@ -199,6 +199,10 @@ class Method(nn.Module, ABC):
             roles[role].append((name, parameter))
         return roles
 
+    def training_report(self) -> dict[str, float]:
+        """Further numbers of the last step for the history, by name."""
+        return {}
+
     def training_facts(self) -> dict[str, Any]:
         """What the record of a training says about it besides its settings; plain values only."""
         return {}

@@ -129,6 +129,7 @@ class Bdam(Method):
         # and more weight, so the critic keeps its fixed one.
         names = [name for name in self.loss_weights if self.active(name) and name != "grl"]
         self.balancer = GradNorm(names, config.gradnorm) if config.gradnorm and names else None
+        self._balanced: dict[str, float] = {}
         self.layer = self._layer(config.gradnorm, names) if config.gradnorm and names else None
 
     def _layer(self, config: GradNormConfig, tasks: list[str]) -> SharedLayer:
@@ -320,6 +321,14 @@ class Bdam(Method):
         """Where GradNorm measured gradients; None with fixed weights."""
         return {"gradnorm_layer": self.layer.name if self.layer is not None else None}
 
+    def training_report(self) -> dict[str, float]:
+        """GradNorm's loss `gradnorm`, per task `ratio/` (r_k) and `pull/` (w_k |grad L_k|), when it last balanced."""
+        shown = {"gradnorm": "gradnorm", "ratio": "ratio/", "gradient": "pull/"}
+        kinds = {name: name.partition("_") for name in self._balanced}
+        return {
+            f"{shown[kind]}{task}": self._balanced[name] for name, (kind, _, task) in kinds.items() if kind in shown
+        }
+
     def objective(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum, with GradNorm's weights times the fixed ones if it is on."""
         scaled = {name: self.weight(name) * value for name, value in losses.items()}
@@ -329,7 +338,8 @@ class Bdam(Method):
         if self.training:
             # The balancer sees unweighted losses: it would undo the fixed weights, which multiply its own.
             self._choose_layer(losses)
-            self.balancer.step(raw, self.shared_weight())
+            report = self.balancer.step(raw, self.shared_weight())
+            self._balanced = report if "gradnorm" in report else self._balanced
         total = self.balancer.combine({name: scaled[name] for name in raw})
         return total + scaled["grl"] if "grl" in scaled else total
 

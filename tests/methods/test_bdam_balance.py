@@ -199,3 +199,22 @@ def test_the_layer_is_in_the_record_of_finetune_also_of_a_resumed_one(tmp_path):
     assert resumed["resumed_from_epoch"] == 2 and resumed["gradnorm_layer"] == whole["gradnorm_layer"]
     fixed = {**recipe, "method": {**recipe["method"], "gradnorm": None}, "train": {**recipe["train"], "epochs": 1}}
     assert train("fixed", fixed)["gradnorm_layer"] is None
+
+
+@pytest.mark.covers(39, 146)
+def test_the_history_gets_what_gradnorm_saw_once_it_balances(batch):
+    method = bdam(gradnorm={"warm_steps": 2}, clothing_loss=("aln",)).train()
+    reports = []
+    for _ in range(3):
+        found = method.losses(batch, "finetune")
+        method.objective(found)
+        reports.append(method.training_report())
+    tasks = set(found)
+    assert reports[0] == reports[1] == {}
+    kinds = {f"{kind}/{task}" for kind in ("ratio", "pull") for task in tasks}
+    assert set(reports[2]) == {"gradnorm", *kinds}
+    # Relative rates have mean 1 by definition; at weights of 1 the pull is the gradient's norm itself.
+    assert sum(reports[2][f"ratio/{task}"] for task in tasks) == pytest.approx(len(tasks))
+    norms = method.gradient_norms(found)
+    assert all(reports[2][f"pull/{task}"] == pytest.approx(norms[task], rel=1e-4) for task in tasks)
+    assert bdam(gradnorm=None).training_report() == {}
