@@ -144,7 +144,7 @@ def judge(claim: Claim, values: Values, seeds: Sequence[int]) -> Judgement:
     if high < `matters`, so if the difference is the other way round or surely too small to matter; else `undecided`.
     Bound: `holds` if high <= `at_most`, `does not hold` if low > `at_most`, else `undecided`.
 
-    Where the values know `chance.<measure>`, a comparison of two conditions whose means are both below twice chance
+    Where the values know chance in the measure, a comparison of two conditions whose means are both below twice chance
     stays `undecided` instead of `does not hold`.
 
     Args:
@@ -190,10 +190,17 @@ def _decide(claim: Claim, effect: Estimate) -> tuple[Verdict, str]:
 def _at_chance(claim: Claim, values: Values, seeds: Sequence[int]) -> bool:
     for name, measure in claim.needs:
         rows = [values[name][seed] for seed in seeds]
-        chances = [row[f"chance.{measure}"] for row in rows if f"chance.{measure}" in row]
-        if not chances or math.fsum(row[measure] for row in rows) > 2 * math.fsum(chances):
+        key = next((key for key in _names_of_chance(measure) if key in rows[0]), None)
+        if key is None or math.fsum(row[measure] for row in rows) > 2 * math.fsum(row[key] for row in rows):
             return False
     return True
+
+
+def _names_of_chance(measure: str) -> list[str]:
+    """What chance may be called: of the measure, of its dataset (`other.chance.t2i.mAP`), of its direction."""
+    parts = measure.split(".")
+    placed = [".".join([*parts[:at], "chance", *parts[at:]]) for at in range(len(parts))]
+    return [*placed, ".".join(["chance", *parts[-2:]])]
 
 
 def _unmeasured(claim: Claim, values: Values, seeds: Sequence[int]) -> str:

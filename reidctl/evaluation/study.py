@@ -92,12 +92,16 @@ class Drawing(Section):
     Attributes:
         kind: `bars` of the conditions, a `curve` over their `x`, or a `radar` (every measure min-max scaled).
         measures: what is drawn; default: the table's.
+        names: short names of the measures, where their titles are too long for the figure.
+        without: conditions that are not drawn.
         costs: of a radar, the measures that are better when smaller.
         axis: the name of `x`.
     """
 
     kind: Literal["bars", "curve", "radar", "none"] = "bars"
     measures: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
     axis: str = ""
 
@@ -151,8 +155,11 @@ class Study(Section):
             unknown = [name for name, _ in claim.needs if name not in self.conditions]
             if unknown:
                 raise ValueError(f"the claim `{claim.say}` names `{unknown[0]}`, which is no condition")
-        if self.draw.kind == "curve" and any(condition.x is None for condition in self.conditions.values()):
+        drawn = [condition for name, condition in self.conditions.items() if name not in self.draw.without]
+        if self.draw.kind == "curve" and any(condition.x is None for condition in drawn):
             raise ValueError("a curve needs `x` in every condition")
+        if self.draw.names and len(self.draw.names) != len(self.draw.measures):
+            raise ValueError("draw.names needs one name per measure of draw.measures")
         return self
 
 

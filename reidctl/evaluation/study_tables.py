@@ -110,7 +110,8 @@ def overview(shown: Sequence[tuple[str, Study, Sequence[Judgement]]]) -> str:
             claim, effect = judgement.claim, judgement.effect
             column = column_of(study, claim.measure)
             cell = "-" if effect is None else _effect_cell(column, effect, signed=claim.of is None)
-            rows.append((claim.say, f"{cell} {_unit(column)}".strip(), judgement.verdict, name))
+            unit = "" if effect is None else _unit(column)
+            rows.append((claim.say, f"{cell} {unit}".strip(), judgement.verdict, name))
     counts = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("holds", "does not hold", "undecided")}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     heads = ("claim", "effect [95 % interval]", "verdict", "study")
@@ -168,7 +169,8 @@ def _mean_cell(column: Column, found: Sequence[float | None]) -> str:
 
 def _show(column: Column, value: float) -> str:
     factor = 100.0 if column.unit == "percent" else column.scale
-    return f"{factor * value:.{column.digits}f}"
+    # A rounded zero has no sign.
+    return f"{round(factor * value, column.digits) + 0.0:.{column.digits}f}"
 
 
 def _printed(study: Study, paper: str, table: str) -> list[tuple[str, dict[str, str]]]:

@@ -73,7 +73,8 @@ def study_curve(
         for i in order:
             axes.plot(np.full(len(panel.values[i]), x[i]), panel.values[i], "o", color=colour, markersize=3.5)
         axes.set_title(panel.title, size=9, color=INK, loc="left", parse_math=False)
-        axes.set_ylim(0, None)
+        top = max([value for values in panel.values for value in values if value == value], default=1.0)
+        axes.set_ylim(0, 1.06 * top)
         axes.set_xlabel(axis)
         axes.xaxis.label.set_fontsize(9)
     return save_figure(figure, stem, _data(conditions, panels).assign(x=_places(x, panels)))

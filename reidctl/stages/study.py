@@ -308,14 +308,16 @@ def _draw(study: Study, values: Mapping[str, Mapping[int, Values]], stem: Path) 
     shown = [name for name in asked if name in measured]
     if study.draw.kind == "none" or not shown:
         return []
-    labels = [condition.label or name for name, condition in study.conditions.items()]
+    drawn = {name: part for name, part in study.conditions.items() if name not in study.draw.without}
+    values = {name: values[name] for name in drawn}
+    labels = [condition.label or name for name, condition in drawn.items()]
     if study.draw.kind == "radar":
         raw = {_title(study, name): [_mean(by_seed.values(), name) for by_seed in values.values()] for name in shown}
         costs = [_title(study, name) for name in study.draw.costs]
         return radar(pd.DataFrame(raw, index=labels), stem, costs=costs, units={})
     panels = [_panel(study, values, name) for name in shown]
     if study.draw.kind == "curve":
-        x = [condition.x or 0.0 for condition in study.conditions.values()]
+        x = [condition.x or 0.0 for condition in drawn.values()]
         return study_curve(labels, x, panels, stem, axis=study.draw.axis)
     return study_bars(labels, panels, stem)
 
@@ -328,7 +330,8 @@ def _panel(study: Study, values: Mapping[str, Mapping[int, Values]], name: str) 
 
 
 def _title(study: Study, name: str) -> str:
-    return column_of(study, name).title or name
+    short = dict(zip(study.draw.measures, study.draw.names, strict=False))
+    return short.get(name) or column_of(study, name).title or name
 
 
 def _mean(found: Iterable[Values], name: str) -> float:

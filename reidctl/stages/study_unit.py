@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -261,6 +262,12 @@ def _analyse(unit: Unit, measures: Measures, seed: int) -> Values:
         data=people.folder,
         captions=people.captions,
     )
+    # The next analysis of this run replaces the files of this one.
+    figures = unit.run.path / "figures"
+    figures.mkdir(exist_ok=True)
+    for name in record["outputs"]:
+        if not name.endswith(".parquet"):
+            shutil.copy2(unit.run.path / name, figures)
     return flatten(record["metrics"])
 
 

@@ -53,6 +53,12 @@ def test_a_noisy_difference_is_undecided_and_a_surely_tiny_one_does_not_hold():
     assert verdict({"more": "a", "than": "b", "matters": 0.0001}, tiny) == "undecided"
 
 
+@pytest.mark.parametrize(("measure", "chance"), [("x.t2i.mAP", "chance.t2i.mAP"), ("o.t2i.mAP", "o.chance.t2i.mAP")])
+def test_chance_of_a_setting_or_of_another_dataset_is_found(measure, chance):
+    found = {name: {seed: {measure: 0.11, chance: 0.1} for seed in range(3)} for name in "ab"}
+    assert judge(Claim(say="so", measure=measure, more="a", than="b"), found, (0, 1, 2)).verdict == "undecided"
+
+
 def test_equal_models_at_chance_say_nothing_about_what_distinguishes_them():
     found = {name: {seed: {"m": 0.11, "chance.m": 0.1} for seed in range(3)} for name in "ab"}
     judged = judge(Claim(say="so", measure="m", more="a", than="b"), found, (0, 1, 2))
