@@ -303,7 +303,7 @@ def test_fewer_images_are_analysed_and_it_is_said(made, people, tmp_path):
 def test_what_does_not_apply_is_a_note_and_an_error_if_it_was_asked_for(people, tmp_path):
     run = trained(tmp_path / "r", people, name="clip", config={}, described=False)
     record = analyse.run(run, device="cpu", limit=40)
-    assert record["analyses"] == ["probes", "clones", "tsne"]
+    assert record["analyses"] == ["probes", "clones", "tsne", "architecture"]
     for name in ("dependence", "gates"):
         assert any(note.startswith(f"{name}: not done: the method `clip`") for note in record["notes"])
     kept = run.table("analyse", "analysis").read_bytes()
