@@ -369,7 +369,7 @@ def test_a_model_that_was_chosen_on_the_split_says_so(people, tmp_path):
 
 @pytest.mark.covers(163)
 def test_the_architecture_is_written_from_the_built_model(made):
-    run, record = made
+    run, _ = made
     text = (run.stage_dir("analyse") / "architecture.md").read_text()
     assert "```mermaid" in text and "critic" in text
     total = sum(p.numel() for p in load_method(run.stage_dir("finetune")).parameters())
