@@ -35,7 +35,9 @@ from reidctl.stages.study_unit import Done, Job, Unit, Values, end_with_parent, 
 Place = tuple[str, int]
 """Condition and seed."""
 
-_RESERVED = ("units", "data", "texts")
+# Folders of the trainings and of a run's own stages: a study may share a run directory with them.
+_RESERVED = frozenset({"units", "people", "texts", "data", "caption", "finetune", "index", "evaluate", "robustness"}
+                      | {"against", "seeds", "matrix", "epochs", "interpret", "analyse", "report"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def run(
     """Run studies together: equal trainings are done once, all of them in parallel.
 
     Args:
-        run: where results (`<study>/`), trainings (`units/`) and data (`data/`, `texts/`) go.
+        run: where results (`<study>/`), trainings (`units/`) and data (`people/`, `texts/`) go.
         files: study files, see `evaluation.study`.
         seeds: instead of those of the files.
         jobs: processes; default: one per core. Each computes with one thread, so results do not depend on it.
@@ -243,7 +245,7 @@ def _finish(run: Run, plan: Plan, found: Measured, *, force: bool) -> dict[str, 
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
     run.unfinish(plan.name)
-    judged = [judge(claim, values, study.seeds) for claim in study.claims]
+    judged = _judged(study, values)
     folder = run.stage_dir(plan.name)
     outputs = [run.table(plan.name, "study"), run.table(plan.name, "claims")]
     tables.write_table(outputs[0], "study", value_rows(values))
@@ -275,6 +277,10 @@ def _values(plan: Plan, found: Measured) -> dict[str, dict[int, Values]]:
     return values
 
 
+def _judged(study: Study, values: Mapping[str, Mapping[int, Values]]) -> list[Judgement]:
+    return [judge(claim, values, study.seeds) for claim in study.claims]
+
+
 def _command(run: Run, plans: Sequence[Plan]) -> str:
     return f"reidctl study {' '.join(str(plan.file) for plan in plans)} --run {run.path}"
 
@@ -285,7 +291,7 @@ def _save(run: Run, plans: Sequence[Plan], found: Measured, target: Path) -> Non
     shown, pages = [], []
     for plan in plans:
         values = _values(plan, found)
-        judged = [judge(claim, values, plan.study.seeds) for claim in plan.study.claims]
+        judged = _judged(plan.study, values)
         shown.append((plan.name, plan.study, judged))
         figure = run.stage_dir(plan.name) / "figure.png"
         where = ""

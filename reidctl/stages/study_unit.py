@@ -43,7 +43,7 @@ class Dataset:
     def pictures(self) -> Run:
         """Where the people are."""
         facts = {name: self.recipe.get(name) for name in ("synth", "seed")}
-        return Run(self.home / "data" / fingerprint(facts, {})[:12])
+        return Run(self.home / "people" / fingerprint(facts, {})[:12])
 
     @property
     def texts(self) -> Run | None:
@@ -177,12 +177,13 @@ def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Value
         recipe = {**unit.dataset.recipe, "synth": {**unit.dataset.recipe.get("synth", {}), **synth}}
         other = Dataset(unit.home, recipe)
         other.make()
-        values = _kept(unit, f"elsewhere-{name}", recipe, lambda o=other: _evaluate(unit, measures, seed, o))
+        asked: dict[str, Any] = {"recipe": recipe, "query": measures.query, "rerank": measures.rerank}
+        values = _kept(unit, f"elsewhere-{name}", asked, lambda o=other: _evaluate(unit, measures, seed, o))
         found |= {f"{name}.{key}": value for key, value in values.items()}
     if measures.settings:
         found |= _kept(unit, "robustness", {"settings": measures.settings}, lambda: _robustness(unit, measures, seed))
     if measures.analyses:
-        asked: dict[str, Any] = {"what": measures.analyses, "features": measures.features}
+        asked = {"what": measures.analyses, "features": measures.features}
         found |= _kept(unit, "analyse", asked, lambda: _analyse(unit, measures, seed))
     asked = {"query": measures.query, "rerank": measures.rerank}
     # The standard evaluation comes last: its tables are the ones that stay in the run.

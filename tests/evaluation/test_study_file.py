@@ -86,8 +86,9 @@ def test_a_wrong_setting_of_one_condition_is_found_before_anything_is_trained(tm
 
 def test_results_may_not_lie_where_trainings_lie_nor_in_one_folder(tmp_path):
     home = stage.Run(tmp_path / "home")
-    with pytest.raises(UsageError, match="units"):
-        stage.run(home, [write(tmp_path, SMALL, "units.yaml")], dry_run=True)
+    for name in ("units", "people", "evaluate"):
+        with pytest.raises(UsageError, match=f"cannot be called `{name}`"):
+            stage.run(home, [write(tmp_path, SMALL, f"{name}.yaml")], dry_run=True)
     twice = write(tmp_path, SMALL)
     with pytest.raises(UsageError, match="Rename"):
         stage.run(home, [twice, twice], dry_run=True)
@@ -130,3 +131,17 @@ def test_rows_and_tables_that_studies_name_are_printed_in_the_papers():
             for name, condition in study.conditions.items():
                 row = condition.printed_row(paper)
                 assert not row or row in rows, (path.name, name, row, sorted(rows))
+
+
+def test_a_study_knows_every_analysis_that_there_is():
+    from reidctl.evaluation.study import ANALYSES
+    from reidctl.stages import analyse
+
+    assert set(ANALYSES) == set(analyse.ANALYSES)
+
+
+def test_trainings_of_a_study_do_not_lie_in_a_stage_of_the_same_run(tmp_path):
+    """`REIDCTL_RUN` may name a run with data of its own; `data synth` clears its folder."""
+    for unit in stage._plans(tmp_path, [write(tmp_path, SMALL)], None)[0].units.values():
+        places = [unit.run, unit.dataset.pictures]
+        assert {place.path.relative_to(tmp_path).parts[0] for place in places} == {"units", "people"}
