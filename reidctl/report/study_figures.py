@@ -1,5 +1,6 @@
 """The figure of a study: bars of its conditions, or a curve, with every seed as a dot."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reidctl.report.figures import GRID, INK, SERIES, dress, save_figure
+
+_TITLE, _LABEL = 26, 32  # characters that fit into a line of a panel's title and of a condition's name
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def study_bars(conditions: Sequence[str], panels: Sequence[Panel], stem: Path) -
         panels: one per measure, side by side.
         stem: where to write, without the ending.
     """
-    figure = Figure(figsize=(2.6 + 2.4 * len(panels), 0.9 + 0.34 * len(conditions)), layout="constrained")
+    figure = Figure(figsize=(2.6 + 2.2 * len(panels), 1.2 + 0.38 * len(conditions)), layout="constrained")
     axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
     place = np.arange(len(conditions))[::-1]
     for number, (axes, panel) in enumerate(zip(axes_of, panels, strict=True)):
@@ -44,9 +47,9 @@ def study_bars(conditions: Sequence[str], panels: Sequence[Panel], stem: Path) -
         axes.barh(place, means, 0.66, color=SERIES[number % len(SERIES)], alpha=0.55)
         for y, values in zip(place, panel.values, strict=True):
             axes.plot(values, np.full(len(values), y), "o", color=INK, markersize=3, alpha=0.8)
-        axes.set_title(panel.title, size=9, color=INK, loc="left", parse_math=False)
+        axes.set_title(_wrapped(panel.title, _TITLE), size=9, color=INK, loc="left", parse_math=False)
         axes.axvline(0, color=INK, linewidth=0.8)
-    axes_of[0].set_yticks(place, list(conditions), parse_math=False)
+    axes_of[0].set_yticks(place, [_wrapped(name, _LABEL) for name in conditions], size=8, parse_math=False)
     figure.supxlabel("bars: mean over seeds; dots: seeds", size=8, color=INK)
     return save_figure(figure, stem, _data(conditions, panels))
 
@@ -72,12 +75,16 @@ def study_curve(
         axes.plot([x[i] for i in order], [_mean(panel.values[i]) for i in order], "-", color=colour, linewidth=1.8)
         for i in order:
             axes.plot(np.full(len(panel.values[i]), x[i]), panel.values[i], "o", color=colour, markersize=3.5)
-        axes.set_title(panel.title, size=9, color=INK, loc="left", parse_math=False)
+        axes.set_title(_wrapped(panel.title, _TITLE), size=9, color=INK, loc="left", parse_math=False)
         top = max([value for values in panel.values for value in values if value == value], default=1.0)
         axes.set_ylim(0, 1.06 * top)
         axes.set_xlabel(axis)
         axes.xaxis.label.set_fontsize(9)
     return save_figure(figure, stem, _data(conditions, panels).assign(x=_places(x, panels)))
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _places(x: Sequence[float], panels: Sequence[Panel]) -> list[float]:
