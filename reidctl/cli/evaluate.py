@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from reidctl.cli import options as o
-from reidctl.cli.output import emit, table, write
+from reidctl.cli.output import emit, public, table, write
 from reidctl.errors import GateError, UsageError
 
 EPILOG = "Example:  reidctl evaluate --run runs/demo --min rank1=0.05"
@@ -19,7 +19,6 @@ _SETTINGS = (
 )
 FORMATS = ("text", "markdown", "latex")
 _MEASUREMENT = re.compile(r"(?:(t2i|i2i|it2i)\.)?((?:[a-z0-9:-]+/)?(?:rank[1-9]\d*|mAP|mINP|rSum))=(.+)")
-_INTERNAL = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format", "version", "git_commit")
 
 Runs = list[Path] | None
 Record = dict[str, Any]
@@ -241,7 +240,7 @@ def _finish(
 
 def _public(record: Record) -> Record:
     """A further analysis inside the JSON object, without what is for the program itself."""
-    kept = {key: value for key, value in record.items() if key not in _INTERNAL}
+    kept = {key: value for key, value in public(record).items() if key not in ("version", "git_commit")}
     return {**kept, "outputs": list(record["outputs"])}
 
 

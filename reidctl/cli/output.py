@@ -24,6 +24,8 @@ _UNFINISHED = {
 }
 """Statuses of a stage that did not finish, as people read them."""
 
+_INTERNAL = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format")
+
 KEYS = ("stage", "status", "run", "outputs", "metrics", "seconds")
 
 
@@ -51,14 +53,18 @@ def emit(record: Mapping[str, Any], *, run: Path, as_json: bool, lines: Sequence
     """
     if as_json:
         shown = {**record, "run": str(run), "outputs": list(record.get("outputs", {}))}
-        internal = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format")
-        write([json.dumps(_strict({k: v for k, v in shown.items() if k not in internal}), default=str)])
+        write([json.dumps(_strict(public(shown)), default=str)])
         return
     if record["status"] == "up-to-date":
         done = "up to date"
     else:
         done = f"{_UNFINISHED.get(record['status'], 'done')} in {record['seconds']:.1f} s"
     write([*lines, f"{record['stage']}: {done}"])
+
+
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `--json` shows of a stage's record: what is needed to run it again stays in `stage.json`."""
+    return {name: value for name, value in record.items() if name not in _INTERNAL}
 
 
 def _strict(value: Any) -> Any:

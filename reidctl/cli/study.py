@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from reidctl.cli import options as o
-from reidctl.cli.output import emit, table
+from reidctl.cli.output import emit, public, table
 from reidctl.errors import UsageError
 
 EPILOG = "Example:  reidctl study pipelines/studies/smoke.yaml --run runs/studies"
@@ -32,7 +32,7 @@ def command(
 
     records = study.run(Run(run), files, seeds=_seeds(seeds), jobs=jobs, dry_run=dry_run, save=save, force=force)
     if json_ and len(records) > 1:
-        parts = {record["stage"]: _public(record) for record in records}
+        parts = {record["stage"]: public(record) for record in records}
         emit(_together(records) | {"studies": parts}, run=run, as_json=True)
         return
     for record in records:
@@ -74,8 +74,3 @@ def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
         "metrics": counts,
         "seconds": round(sum(record["seconds"] for record in records), 3),
     }
-
-
-def _public(record: dict[str, Any]) -> dict[str, Any]:
-    hidden = ("settings", "inputs", "fingerprint", "libraries", "machine", "command", "format")
-    return {name: value for name, value in record.items() if name not in hidden}

@@ -15,14 +15,13 @@ import torch
 
 from reidctl.batch import Batch, Tokens
 from reidctl.errors import UsageError
-from reidctl.evaluation.protocols import Evaluation, Protocol, cameras_of, check_cutoffs, evaluation_of, rank
+from reidctl.evaluation.protocols import Evaluation, Protocol, check_cutoffs, evaluation_of, rank, rank_by
 from reidctl.layers.matching import Encoded, join
 from reidctl.loading import loader_threads
 from reidctl.methods.base import Method
 from reidctl.metrics import CUTOFFS
 from reidctl.pixels import PixelStore, image_batches
 from reidctl.retrieval.products import full_precision, lattice
-from reidctl.retrieval.scores import rank_scores
 
 Advance = Callable[[int], None]
 Ints = npt.NDArray[np.int64]
@@ -255,23 +254,7 @@ def evaluate_pairwise(
         scores[line, mine[line, column]] = shown[part][line, column]
         return scores
 
-    ranking = rank_scores(
-        block,
-        queries=len(query),
-        gallery=len(gallery),
-        query_person=query.person,
-        gallery_person=gallery.person,
-        query_camera=cameras_of(query),
-        gallery_camera=cameras_of(gallery),
-        query_outfit=query.outfit,
-        gallery_outfit=gallery.outfit,
-        query_id=query.image,
-        gallery_id=gallery.item,
-        exclude=protocol.exclude,
-        top=top,
-        cutoffs=cutoffs or CUTOFFS,
-        advance=advance,
-    )
+    ranking = rank_by(protocol, block, top=top, cutoffs=cutoffs or CUTOFFS, advance=advance)
     name = f"rerank-{asked.name}"
     condition = name if protocol.condition == "standard" else f"{protocol.condition}+{name}"
     return evaluation_of(replace(protocol, condition=condition), ranking, seed=seed, resamples=resamples)

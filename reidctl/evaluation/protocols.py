@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from reidctl.errors import DataError, UsageError
 from reidctl.metrics import CUTOFFS, Interval, summarise
 from reidctl.retrieval.exact import Ranking, evaluate_ranking
 from reidctl.retrieval.labels import Exclude
+from reidctl.retrieval.scores import Scores, rank_scores
 from reidctl.retrieval.store import EmbeddingTable
 
 Direction = Literal["t2i", "i2i", "it2i"]
@@ -288,25 +289,42 @@ def rank(
     advance: Callable[[int], None] | None = None,
 ) -> Ranking:
     """Return the ranking of the gallery for every query under the protocol's rules; see `evaluate_ranking`."""
-    query, gallery = protocol.query, protocol.gallery
+    query, gallery = protocol.query.vectors, protocol.gallery.vectors
     return evaluate_ranking(
-        query.vectors,
-        gallery.vectors,
-        query_person=query.person,
-        gallery_person=gallery.person,
-        query_camera=cameras_of(query),
-        gallery_camera=cameras_of(gallery),
-        query_outfit=query.outfit,
-        gallery_outfit=gallery.outfit,
-        # A query that contains an image is dropped from its own gallery, under whatever name it is asked.
-        query_id=query.image,
-        gallery_id=gallery.item,
-        exclude=protocol.exclude,
-        top=top,
-        cutoffs=cutoffs,
-        device=device,
-        advance=advance,
+        query, gallery, **_labels(protocol), top=top, cutoffs=cutoffs, device=device, advance=advance
     )
+
+
+def rank_by(
+    protocol: Protocol,
+    block: Callable[[slice], Scores],
+    *,
+    top: int = 50,
+    cutoffs: Sequence[int] = CUTOFFS,
+    advance: Callable[[int], None] | None = None,
+) -> Ranking:
+    """Return the ranking by given scores instead of the vectors' products, under the same rules; see `rank_scores`."""
+    queries, gallery = len(protocol.query), len(protocol.gallery)
+    return rank_scores(
+        block, queries=queries, gallery=gallery, **_labels(protocol), top=top, cutoffs=cutoffs, advance=advance
+    )
+
+
+def _labels(protocol: Protocol) -> dict[str, Any]:
+    """Who everybody is and what is dropped, as the evaluators take it."""
+    query, gallery = protocol.query, protocol.gallery
+    return {
+        "query_person": query.person,
+        "gallery_person": gallery.person,
+        "query_camera": cameras_of(query),
+        "gallery_camera": cameras_of(gallery),
+        "query_outfit": query.outfit,
+        "gallery_outfit": gallery.outfit,
+        # A query that contains an image is dropped from its own gallery, under whatever name it is asked.
+        "query_id": query.image,
+        "gallery_id": gallery.item,
+        "exclude": protocol.exclude,
+    }
 
 
 def cameras_of(side: Side) -> Objects:

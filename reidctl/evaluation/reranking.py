@@ -9,10 +9,9 @@ neighbour search of the whole gallery per query; evaluate a protocol with one qu
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from reidctl.evaluation.protocols import Evaluation, Protocol, cameras_of, check_cutoffs, evaluation_of
+from reidctl.evaluation.protocols import Evaluation, Protocol, check_cutoffs, evaluation_of, rank_by
 from reidctl.metrics import CUTOFFS
 from reidctl.retrieval.rerank import KReciprocal, Parameters
-from reidctl.retrieval.scores import rank_scores
 
 
 def condition_of(parameters: Parameters, condition: str = "standard") -> str:
@@ -71,22 +70,7 @@ def evaluate_reranked(
     reranked = KReciprocal(
         query.vectors, gallery.vectors, parameters, query_id=query.item, gallery_id=gallery.item, device=device
     )
-    ranking = rank_scores(
-        lambda rows: -reranked.distances(rows),
-        queries=len(query),
-        gallery=len(gallery),
-        query_person=query.person,
-        gallery_person=gallery.person,
-        query_camera=cameras_of(query),
-        gallery_camera=cameras_of(gallery),
-        query_outfit=query.outfit,
-        gallery_outfit=gallery.outfit,
-        query_id=query.image,  # as in `protocols.rank`
-        gallery_id=gallery.item,
-        exclude=protocol.exclude,
-        top=top,
-        cutoffs=cutoffs or CUTOFFS,
-        advance=advance,
-    )
+    near = lambda rows: -reranked.distances(rows)  # noqa: E731
+    ranking = rank_by(protocol, near, top=top, cutoffs=cutoffs or CUTOFFS, advance=advance)
     named = replace(protocol, condition=condition_of(parameters, protocol.condition))
     return evaluation_of(named, ranking, seed=seed, resamples=resamples)

@@ -1,6 +1,7 @@
 """`finetune`: train a retrieval model; the epoch is chosen on validation people."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,15 @@ from reidctl.datasets.leaks import guard, seen_table
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import DataError, UsageError
-from reidctl.methods.base import Method, build_method, load_method, method_class, method_names, save_method
+from reidctl.methods.base import (
+    Method,
+    MethodConfig,
+    build_method,
+    load_method,
+    method_class,
+    method_names,
+    save_method,
+)
 from reidctl.metrics import QueryMetrics
 from reidctl.pixels import PixelStore
 from reidctl.retrieval.exact import evaluate_ranking
@@ -80,17 +89,37 @@ def resolve(recipe: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     return merged
 
 
-def check(recipe: Mapping[str, Any]) -> None:
-    """Refuse a resolved recipe whose settings no training takes, before anything is loaded.
+@dataclass(frozen=True)
+class Settings:
+    """A resolved recipe, checked.
+
+    Attributes:
+        name: of the method.
+        method, training, towers, handling: the sections `method`, `train`, `backbone` and `data`.
+    """
+
+    name: str
+    method: MethodConfig
+    training: TrainConfig
+    towers: BackboneSettings
+    handling: DataSettings
+
+
+def check(recipe: Mapping[str, Any]) -> Settings:
+    """Return the settings of a resolved recipe, or refuse what no training takes, before anything is loaded.
 
     Raises:
         UsageError: an unknown setting or a wrong value in `method`, `backbone`, `train` or `data`.
     """
     settings = dict(recipe["method"])
-    parse_section(method_class(settings.pop("name")).Config, settings, "method")
-    parse_section(TrainConfig, recipe.get("train"), "train")
-    parse_section(BackboneSettings, recipe.get("backbone"), "backbone")
-    parse_section(DataSettings, recipe.get("data"), "data")
+    name = settings.pop("name")
+    return Settings(
+        name,
+        parse_section(method_class(name).Config, settings, "method"),
+        parse_section(TrainConfig, recipe.get("train"), "train"),
+        parse_section(BackboneSettings, recipe.get("backbone"), "backbone"),
+        parse_section(DataSettings, recipe.get("data"), "data"),
+    )
 
 
 def run(
@@ -118,20 +147,15 @@ def run(
         The stage's record with `status` `done` or `up-to-date`.
     """
     recipe = resolve(recipe, method)
-    settings = dict(recipe["method"])
-    name = settings.pop("name")
-    training = parse_section(TrainConfig, recipe.get("train"), "train")
-    if device is not None:
-        training = training.replace(device=device)
-    towers = parse_section(BackboneSettings, recipe.get("backbone"), "backbone")
-    described = parse_section(method_class(name).Config, settings, "method")
+    checked = check(recipe)
+    name, towers, handling = checked.name, checked.towers, checked.handling
+    training = checked.training if device is None else checked.training.replace(device=device)
     target = resolve_device(training.device)
     source = find_source(run, data, captions)
-    handling = parse_section(DataSettings, recipe.get("data"), "data")
     seed = int(recipe.get("seed", 0))
     resolved = {
         "seed": seed,
-        "method": {"name": name, **described.model_dump()},
+        "method": {"name": name, **checked.method.model_dump()},
         # Where the starting run lies does not matter, what it learnt does: `inputs` has its digest.
         "backbone": towers.model_dump(exclude={"start"}),
         # What cannot change the weights does not make a training another one.
@@ -154,14 +178,15 @@ def run(
     folder = run.stage_dir(STAGE)
     if force:
         (folder / "last" / "state.pt").unlink(missing_ok=True)
-    model, outcome = _train(corpus, name, settings, towers, training, folder, seed, fingerprint(resolved, inputs))
+    fresh = fingerprint(resolved, inputs)
+    model, outcome = _train(corpus, checked, training, folder, seed, fresh)
     history = folder / "history.parquet"
     tables.write_table(history, "history", outcome.history)
     seen = run.table(STAGE, "seen")
     train = corpus.of_split("train").images
     tables.write_table(seen, "seen", _seen(train, source, towers.start))
     # Kept epochs are no outputs: whoever deletes them to win space must not train again.
-    kept = kept_epochs(folder, fingerprint(resolved, inputs))
+    kept = kept_epochs(folder, fresh)
     outputs = [*save_method(model.cpu(), folder), history, seen]
     record = run.finish(
         STAGE,
@@ -204,14 +229,13 @@ def _what_matters(training: TrainConfig) -> dict[str, Any]:
 
 def _train(
     corpus: Corpus,
-    name: str,
-    settings: Mapping[str, Any],
-    towers: BackboneSettings,
+    checked: Settings,
     training: TrainConfig,
     folder: Path,
     seed: int,
     digest: str,
 ) -> tuple[Method, Outcome]:
+    name, towers = checked.name, checked.towers
     # The starting weights depend on the seed alone, not on what ran before in this process.
     torch.manual_seed(seed)
     backbone = _starting_towers(towers)
@@ -221,7 +245,7 @@ def _train(
     chosen = corpus.of_split(training.select)
     if training.select == "test":
         log.warning("The epoch is chosen on the TEST split: the result is not a test of anything unseen.")
-    model = build_method(name, settings, backbone, train.images["person_id"].nunique())
+    model = build_method(name, checked.method.model_dump(), backbone, train.images["person_id"].nunique())
     _check_sampler(model, training.sampler)
     samples = TrainingSet(
         train,
