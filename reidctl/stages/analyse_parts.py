@@ -302,7 +302,7 @@ def efficiency(material: Material, found: Found) -> None:
             found.add("efficiency", part, "", "peak_bytes", float(cost.peak_bytes), size)
     one = next(iter(costs.values()))
     found.notes.append(
-        f"efficiency: batches of {one.batch} on {one.device} with {one.threads} thread(s), longest texts; operations "
+        f"efficiency: batches of {one.batch} on {one.device} with {one.threads} thread(s), longest texts; operations"
         " count a multiply-add as two; speed depends on what else the machine did."
     )
 

@@ -126,8 +126,11 @@ def test_a_training_that_fails_is_named_and_the_others_are_kept(home, finished):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_was(tmp_path, finished):
-    """kill -9 of the study's process ends its workers too; finished trainings are not repeated."""
+def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_values(tmp_path, home, finished):
+    """kill -9 of the study's process ends its workers too; finished trainings are not repeated.
+
+    What it leaves, one training at a time, is what two at a time left without a kill.
+    """
     path = tmp_path / "killed.yaml"
     path.write_text(SMALL.replace("start:", "notes: []\nstart:"))
     command = [sys.executable, "-m", "reidctl", "study", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1"]
@@ -147,6 +150,16 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, finished):
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["status"] == "done"
     assert {p: p.stat().st_mtime_ns for p in done} == done
+    assert measured(tmp_path / "runs" / "killed") == measured(home / "runs" / "small")
+
+
+def measured(folder):
+    rows = tables.read_table(folder / "study.parquet", "study").to_dict("records")
+    return {
+        (row["condition"], row["seed"], row["measure"]): row["value"]
+        for row in rows
+        if row["measure"] != "train.images_per_second"
+    }
 
 
 def test_nested_metrics_become_dotted_names():
