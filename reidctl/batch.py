@@ -51,6 +51,8 @@ class Batch:
         clothing_group: equal numbers mean equal clothing texts, shape (B,), int64.
         has_fusion: rows whose `fusion` text may be read, shape (B,), bool.
         has_text: samples with a text, in the order of the texts' rows, shape (B,), bool; None: all of them.
+        frozen: features that a prompt stage keeps instead of computing: names that start with `image` have a row per
+            sample, names that start with `text` a row per text.
         domain: which dataset a sample is from, shape (B,), int64; numbers follow the sorted names of the datasets.
     """
 
@@ -63,10 +65,13 @@ class Batch:
     has_fusion: Tensor | None = None
     has_text: Tensor | None = None
     domain: Tensor | None = None
+    frozen: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         if self.image is not None:
             return self.image.shape[0]
+        if "image" in self.frozen:
+            return self.frozen["image"].shape[0]
         return len(next(iter(self.texts.values()))) if self.texts else 0
 
     def pin(self) -> "Batch":
@@ -82,7 +87,8 @@ class Batch:
     def _mapped(self, change: Callable[[Tensor], Tensor], texts: dict[str, Tokens]) -> "Batch":
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
         changed: dict[str, Any] = {n: change(value) for n, value in tensors.items() if isinstance(value, Tensor)}
-        return replace(self, texts=texts, **changed)
+        frozen = {name: change(value) for name, value in self.frozen.items()}
+        return replace(self, texts=texts, frozen=frozen, **changed)
 
     def require(self, name: str) -> Tensor:
         """Return tensor `name`, which the caller cannot do without.
@@ -102,9 +108,11 @@ class Batch:
         rows = self.has_text.nonzero().flatten()
         kept = {name: getattr(self, name) for name in ("image", "person", "clothing_group", "has_fusion", "domain")}
         parts: dict[str, Any] = {name: value if value is None else value[rows] for name, value in kept.items()}
+        whole = {name: value if name.startswith("text") else value[rows] for name, value in self.frozen.items()}
         return replace(
             self,
             **parts,
+            frozen=whole,
             image_id=tuple(self.image_id[row] for row in rows.tolist()) if self.image_id else (),
             text_id=tuple(self.text_id[row] for row in rows.tolist()) if self.text_id else (),
             has_text=None,

@@ -20,6 +20,7 @@ SECTIONS = (
     "backbone",
     "method",
     "data",
+    "prompt",
     "train",
     "index",
     "search",

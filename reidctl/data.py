@@ -7,7 +7,7 @@ what was loaded before; this is what makes a killed training continue bit-exactl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,10 @@ class Corpus:
                 f"The dataset has no `{'`, `'.join(splits)}` split (it has: {present or 'no images'}).",
                 hint=_split_hint(splits),
             )
+        return self.of_rows(rows)
+
+    def of_rows(self, rows: npt.NDArray[np.int64]) -> "Corpus":
+        """Return the part of the corpus with these images, in this order."""
         place = {int(old): new for new, old in enumerate(rows)}
         captions = self.captions[self.captions["row"].isin(place)].copy()
         captions["row"] = [place[int(row)] for row in captions["row"]]
@@ -69,6 +73,25 @@ class Corpus:
             [self.clothing[row] for row in rows],
             self.root,
         )
+
+
+def training_part(train: Corpus, part: str) -> Corpus:
+    """Return the images of a training split that are trained on.
+
+    Args:
+        train: the training split.
+        part: `captioned` (those with a caption of kind `full`), `caption-free` (the others) or `all`.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    if part == "all":
+        return train
+    captioned = np.isin(np.arange(len(train.images)), train.captions["row"].to_numpy(np.int64))
+    rows = np.flatnonzero(captioned if part == "captioned" else ~captioned)
+    if not len(rows):
+        raise DataError(f"The training split has no {part} images.", hint="Set data.part to `all`.")
+    return train.of_rows(rows)
 
 
 def _split_hint(splits: Sequence[str]) -> str:
@@ -149,6 +172,11 @@ class TokenTable:
         tokens = tokenize(unique) if unique else Tokens(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1) > 0)
         self._ids, self._mask = tokens.ids.to(torch.int32), tokens.mask
 
+    @property
+    def unique(self) -> Tokens:
+        """The tokens of the different texts, numbered as in `group`, padded to the longest."""
+        return Tokens(self._ids.long(), self._mask)
+
     def __call__(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Tokens:
         """Return the tokens of some texts, trimmed to the longest among them, shapes (B, L)."""
         rows = torch.from_numpy(self.group[np.asarray(numbers, np.int64)])
@@ -172,6 +200,16 @@ class Sample:
     fusion: int
     flipped: bool
     erase: Erase | None
+
+
+class FrozenStore(Protocol):
+    """Features of frozen encoders that were computed once; see `reidctl.frozen`."""
+
+    def images(self, rows: Numbers) -> dict[str, torch.Tensor]:
+        """Return the kept features of some images, by name."""
+
+    def texts(self, groups: Numbers) -> dict[str, torch.Tensor]:
+        """Return the kept features of some texts, numbered as in `TokenTable.group`, by name."""
 
 
 class TrainingSet:
@@ -218,6 +256,8 @@ class TrainingSet:
         self.augment = augment or AugmentConfig()
         self.target, self.seed = target, seed
         self.texts = tuple(texts)
+        self.frozen: FrozenStore | None = None
+        """Kept features that batches bring instead of pixels."""
         self.store = PixelStore(corpus.paths(), size, cache_bytes=cache_bytes, interpolation=interpolation)
         self._names: list[str] = [str(name) for name in corpus.images["image_id"]]
         self.persons = sorted(set(corpus.images["person_id"]))
@@ -329,6 +369,8 @@ class TrainingSet:
         fusion = self._fusion(row, target, rng)
         used = [text for text in (target, fusion) if text >= 0]
         used += [self._offsets[kind] + row for kind in ("identity", "clothing") if kind in self.texts]
+        if self.frozen is not None:
+            return Sample(np.zeros((0, 0, 3), np.uint8), row, target, fusion, False, None)
         may_flip = not (self.augment.flip_respects_sides and bool(self._has_side[used].any()))
         seen = augment_pixels(self.store[row], self.augment, rng, may_flip=may_flip)
         return Sample(seen.pixels, row, target, fusion, seen.flipped, seen.erase)
@@ -360,11 +402,9 @@ class TrainingSet:
         target = np.asarray([sample.target for sample in samples])
         fusion = np.asarray([sample.fusion for sample in samples])
         paired = target >= 0
-        image = normalise(np.stack([sample.pixels for sample in samples]), *self.statistics)
-        for pixels, sample in zip(image, samples, strict=True):
-            apply_erase(pixels, sample.erase, self.augment, mean=self.statistics[0])
         return Batch(
-            image=image,
+            image=None if self.frozen is not None else self._pixels(samples),
+            frozen=self._kept(rows, target[paired]),
             person=torch.from_numpy(self.person_of_row[rows]),
             texts=self._tokens(rows[paired], target[paired], fusion[paired]),
             image_id=tuple(self._names[row] for row in rows),
@@ -374,6 +414,18 @@ class TrainingSet:
             has_text=None if paired.all() else torch.from_numpy(paired),
             domain=torch.from_numpy(self.domain_of_row[rows]),
         )
+
+    def _pixels(self, samples: Sequence[Sample]) -> torch.Tensor:
+        image = normalise(np.stack([sample.pixels for sample in samples]), *self.statistics)
+        for pixels, sample in zip(image, samples, strict=True):
+            apply_erase(pixels, sample.erase, self.augment, mean=self.statistics[0])
+        return image
+
+    def _kept(self, rows: Numbers, target: Numbers) -> dict[str, torch.Tensor]:
+        if self.frozen is None:
+            return {}
+        texts = self.frozen.texts(self.tokens.group[target]) if "full" in self.texts and len(target) else {}
+        return self.frozen.images(rows) | texts
 
     def _tokens(self, rows: Numbers, target: Numbers, fusion: Numbers) -> dict[str, Tokens]:
         """The texts of the samples that have one."""

@@ -12,7 +12,7 @@ from reidctl.batch import Batch, Tokens
 from reidctl.data import Corpus
 from reidctl.errors import DataError
 from reidctl.loading import loader_threads
-from reidctl.methods.base import Method
+from reidctl.methods.base import Method, Task
 from reidctl.pixels import PixelStore, image_batches
 
 Advance = Callable[[int], None]
@@ -30,10 +30,30 @@ def embed_gallery(
     store: PixelStore | None = None,
     advance: Advance | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Return the unit vectors of all images of a corpus, in order, shape (N, D).
+    """Return the unit vectors of all images of a corpus that texts are compared with, in order, shape (N, D).
 
     Captions are not passed on: no query text can reach these vectors. Methods that read a text on the gallery side get
     the ones that were written from the image alone (checked when the corpus was built).
+
+    Raises:
+        DataError: a gallery text is missing, or an image cannot be read.
+    """
+    return embed_gallery_tasks(method, corpus, device=device, batch=batch, store=store, advance=advance)["t2i"]
+
+
+def embed_gallery_tasks(
+    method: Method,
+    corpus: Corpus,
+    *,
+    device: torch.device,
+    batch: int = 128,
+    store: PixelStore | None = None,
+    advance: Advance | None = None,
+) -> dict[Task, Vector]:
+    """Return the unit vectors of all images for each task, in order, each (N, D), from one forward pass per image.
+
+    `t2i` is compared with texts and `i2i` with images: one and the same array where the method has one vector per
+    image. Nothing but what `embed_gallery` says is read.
 
     Raises:
         DataError: a gallery text is missing, or an image cannot be read.
@@ -44,17 +64,27 @@ def embed_gallery(
         corpus.paths(), backbone.image_size, cache_bytes=0, interpolation=backbone.interpolation
     )
     names = list(corpus.images["image_id"])
-    pieces = []
+    pieces: dict[Task, list[Vector]] = {task: [] for task in method.tasks}
     with torch.inference_mode():
         for rows, image in image_batches(
             store, backbone.mean, backbone.std, batch=batch, threads=loader_threads(device.type)
         ):
             tokens = {kind: backbone.tokenize(all_texts[rows]) for kind, all_texts in texts.items()}
             given = Batch(image=image, texts=tokens, image_id=tuple(names[rows])).to(device)
-            pieces.append(method.embed_images(given).float().cpu().numpy())
+            made = method.embed_tasks(given)
+            for task, members in pieces.items():
+                members.append(made[task].float().cpu().numpy())
             if advance:
                 advance(rows.stop - rows.start)
-    return np.concatenate(pieces) if pieces else np.zeros((0, 0), np.float32)
+    whole: dict[Task, Vector] = {
+        task: np.concatenate(members) if members else np.zeros((0, 0), np.float32) for task, members in pieces.items()
+    }
+    return _both(whole)
+
+
+def _both(vectors: Mapping[Task, Vector]) -> dict[Task, Vector]:
+    """Both tasks, whatever the method has: without vectors of their own images are compared by those for texts."""
+    return {"t2i": vectors["t2i"], "i2i": vectors.get("i2i", vectors["t2i"])}
 
 
 def embed_blank(
@@ -66,10 +96,27 @@ def embed_blank(
     batch: int = 128,
     advance: Advance | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Return the unit vectors that a corpus has if every picture is the same plain grey, in order, shape (N, D).
+    """Return the unit vectors, compared with texts, that a corpus has if every picture is the same plain grey (N, D).
 
     Equal inputs are embedded once and share one vector: forward passes of different batch shapes differ in their last
     bits, which would break ties that must be ties. Without gallery texts all rows are equal, bit for bit.
+
+    Raises:
+        DataError: a gallery text is missing.
+    """
+    return embed_blank_tasks(method, corpus, device=device, grey=grey, batch=batch, advance=advance)["t2i"]
+
+
+def embed_blank_tasks(
+    method: Method,
+    corpus: Corpus,
+    *,
+    device: torch.device,
+    grey: int = 128,
+    batch: int = 128,
+    advance: Advance | None = None,
+) -> dict[Task, Vector]:
+    """Return what `embed_blank` does for each task; see `embed_gallery_tasks`.
 
     Raises:
         DataError: a gallery text is missing.
@@ -82,10 +129,11 @@ def embed_blank(
     place = {key: number for number, key in enumerate(first)}
     part = _rows(corpus, list(first.values()))
     store = _Blank(method.backbone.image_size, len(first), grey)
-    vectors = embed_gallery(method, part, device=device, batch=batch, store=store)
+    vectors = embed_gallery_tasks(method, part, device=device, batch=batch, store=store)
     if advance:
         advance(len(keys))
-    return vectors[[place[key] for key in keys]]
+    rows = [place[key] for key in keys]
+    return _both({task: vectors[task][rows] for task in method.tasks})
 
 
 class _Blank(PixelStore):

@@ -7,16 +7,17 @@ cosines (a logit scale of 50 is a temperature of 0.02) and raises ValueError unl
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _in_full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def in_full_precision(loss: Callable[P, R]) -> Callable[P, R]:
     """Run `loss` on float32 or float64: a softmax at temperature 0.02 has no digits left in bfloat16."""
 
     def widen(value: Any) -> Any:
@@ -24,7 +25,7 @@ def _in_full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
         return value.float() if narrow else value
 
     @functools.wraps(loss)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         wide_args = [widen(value) for value in args]
         wide_kwargs = {name: widen(value) for name, value in kwargs.items()}
         tensors = [value for value in (*wide_args, *wide_kwargs.values()) if isinstance(value, Tensor)]
@@ -34,7 +35,7 @@ def _in_full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return wrapper
 
 
-def _zero(*features: Tensor) -> Tensor:
+def zero(*features: Tensor) -> Tensor:
     """A zero that still has a gradient (of zeros), so that `backward` works on a batch without any pair."""
     return torch.stack([feature.sum() for feature in features]).sum() * 0.0
 
@@ -57,7 +58,7 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-@_in_full_precision
+@in_full_precision
 def sdm(image: Tensor, text: Tensor, person: Tensor, temperature: float = 0.02) -> Tensor:
     """Similarity distribution matching: KL from predicted to true match distribution, both directions.
 
@@ -77,7 +78,7 @@ def sdm(image: Tensor, text: Tensor, person: Tensor, temperature: float = 0.02) 
     """
     _check_temperature(temperature)
     if len(image) == 0:
-        return _zero(image, text)
+        return zero(image, text)
     match = _same(person, person).to(image.dtype)
     # Rows, with keepdim: dividing by column sums is right only while the mask is symmetric.
     log_target = (match / match.sum(dim=1, keepdim=True) + 1e-8).log()
@@ -90,7 +91,7 @@ def _divergence(logits: Tensor, log_target: Tensor) -> Tensor:
     return (log_prediction.exp() * (log_prediction - log_target)).sum(dim=1).mean()
 
 
-@_in_full_precision
+@in_full_precision
 def contrast(
     logits: Tensor, positive: Tensor, *, valid: Tensor | None = None, multiple: Literal["mass", "mean"] = "mass"
 ) -> Tensor:
@@ -114,7 +115,7 @@ def contrast(
     positive = positive & valid
     has_positive = positive.any(dim=1) if logits.numel() else logits.new_zeros(len(logits), dtype=torch.bool)
     if not has_positive.any():
-        return _zero(logits)
+        return zero(logits)
     # Rows without a positive are dropped before the logarithm: where() after it would still pass NaN gradients.
     logits, positive, valid = logits[has_positive], positive[has_positive], valid[has_positive]
     total = logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1)
@@ -123,7 +124,7 @@ def contrast(
     return (total - torch.where(positive, logits, 0.0).sum(dim=1) / positive.sum(dim=1)).mean()
 
 
-@_in_full_precision
+@in_full_precision
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -161,7 +162,7 @@ def info_nce(
     return forward if direction == "q2k" else (forward + contrast(logits.T, match, multiple=multiple)) / 2
 
 
-@_in_full_precision
+@in_full_precision
 def supcon(a: Tensor, b: Tensor, person_a: Tensor, person_b: Tensor, temperature: float = 1.0) -> Tensor:
     """CLIP-ReID's supervised contrast: every same-person column is a positive, both directions summed.
 
@@ -184,13 +185,13 @@ def supcon(a: Tensor, b: Tensor, person_a: Tensor, person_b: Tensor, temperature
     return contrast(logits, match, multiple="mean") + contrast(logits.T, match.T, multiple="mean")
 
 
-@_in_full_precision
+@in_full_precision
 def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of scores (B, K) with the target (1 - smoothing) one-hot + smoothing / K, in nats, mean over B.
 
     Szegedy et al. 2016, arXiv:1512.00567, section 7 (smoothing spreads over all K classes, the right one included).
     """
-    return F.cross_entropy(logits, target, label_smoothing=smoothing) if len(target) else _zero(logits)
+    return F.cross_entropy(logits, target, label_smoothing=smoothing) if len(target) else zero(logits)
 
 
 def id_loss(
@@ -220,7 +221,7 @@ def id_loss(
     return (image + cross_entropy(logits_text, owners, smoothing=smoothing)) / 2
 
 
-@_in_full_precision
+@in_full_precision
 def mlm(logits: Tensor, labels: Tensor, *, ignore: int = 0) -> Tensor:
     """Cross-entropy of masked tokens, averaged over them; 0 if the batch has none.
 
@@ -232,10 +233,10 @@ def mlm(logits: Tensor, labels: Tensor, *, ignore: int = 0) -> Tensor:
         ignore: the label that takes no part.
     """
     masked = labels != ignore
-    return F.cross_entropy(logits[masked], labels[masked]) if masked.any() else _zero(logits)
+    return F.cross_entropy(logits[masked], labels[masked]) if masked.any() else zero(logits)
 
 
-@_in_full_precision
+@in_full_precision
 def batch_hard_triplet(
     features: Tensor,
     person: Tensor,
@@ -267,7 +268,7 @@ def batch_hard_triplet(
     positive = positive & ~torch.eye(len(person), dtype=torch.bool, device=person.device)
     anchors = positive.any(dim=1) & negative.any(dim=1) if len(person) else positive.new_zeros(0)
     if not anchors.any():
-        return _zero(features)
+        return zero(features)
     # The exact mode: |a|² + |b|² - 2ab loses close pairs of long vectors, and its root has no gradient at 0.
     distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance**2 if squared else distance
@@ -289,7 +290,7 @@ def _pick(distance: Tensor, candidates: Tensor, generator: torch.Generator | Non
     return distance.gather(1, chosen).squeeze(1)
 
 
-@_in_full_precision
+@in_full_precision
 def hsic(
     a: Tensor,
     b: Tensor,
@@ -314,7 +315,7 @@ def hsic(
         Scalar >= 0 in (units of a · units of b)²; 0 for N < 2 and for constant features.
     """
     if len(a) < 2:
-        return _zero(a, b)
+        return zero(a, b)
     if normalize == "l2":
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     if kernel == "linear" and max(a.shape[1], b.shape[1]) < len(a):
@@ -361,7 +362,7 @@ def _clothing_logits(
     return _cosine(clothing, text) / temperature, own, valid
 
 
-@_in_full_precision
+@in_full_precision
 def clothing_alignment(
     clothing: Tensor, text: Tensor, *, temperature: float = 0.05, group: Tensor | None = None
 ) -> Tensor:
@@ -383,7 +384,7 @@ def clothing_alignment(
     return contrast(logits, own, valid=valid)
 
 
-@_in_full_precision
+@in_full_precision
 def clothing_adversarial(
     clothing: Tensor,
     text: Tensor,
@@ -414,15 +415,15 @@ def clothing_adversarial(
     else:
         contrasted = (valid & ~own).any(dim=1) if len(own) else own.new_zeros(0)
         if not contrasted.any():
-            return _zero(clothing, text)
+            return zero(clothing, text)
         logits, own, valid = logits[contrasted], own[contrasted], valid[contrasted]
         # log(1 - P) as a difference of two log-sums: 1 - softmax would lose all digits near P = 1.
         total = logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1)
         log_rest = logits.masked_fill(~valid | own, -torch.inf).logsumexp(dim=1) - total
-    return -log_rest.clamp(min=math.log(1e-6)).mean() if len(log_rest) else _zero(clothing, text)
+    return -log_rest.clamp(min=math.log(1e-6)).mean() if len(log_rest) else zero(clothing, text)
 
 
-@_in_full_precision
+@in_full_precision
 def match(odds: Tensor, label: Tensor) -> Tensor:
     """Image-text matching: binary cross-entropy of whether a pair belongs together.
 
@@ -436,10 +437,10 @@ def match(odds: Tensor, label: Tensor) -> Tensor:
     Returns:
         Scalar in nats, the mean over pairs; log 2 for odds of 0; 0 without pairs.
     """
-    return F.binary_cross_entropy_with_logits(odds, label.to(odds.dtype)) if len(odds) else _zero(odds)
+    return F.binary_cross_entropy_with_logits(odds, label.to(odds.dtype)) if len(odds) else zero(odds)
 
 
-@_in_full_precision
+@in_full_precision
 def tal(image: Tensor, text: Tensor, person: Tensor, *, temperature: float = 0.015, margin: float = 0.1) -> Tensor:
     """Triplet alignment loss: a soft nearest negative must stay `margin` below the softly chosen positive.
 
@@ -461,10 +462,10 @@ def tal(image: Tensor, text: Tensor, person: Tensor, *, temperature: float = 0.0
     cosine, match = _cosine(image, text), _same(person, person)
     keep = ~match.all(dim=1) if len(match) else match.new_zeros(0)
     if not keep.any():
-        return _zero(image, text)
+        return zero(image, text)
     return sum(
         (_tal_rows(scores[keep], match[keep], temperature, margin).sum() / len(match) for scores in (cosine, cosine.T)),
-        start=_zero(image, text),
+        start=zero(image, text),
     )
 
 

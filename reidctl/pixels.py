@@ -108,12 +108,15 @@ def normalise(pixels: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequenc
 
 
 def image_batches(
-    store: PixelStore, mean: Sequence[float], std: Sequence[float], *, batch: int, threads: int = 1
+    store: PixelStore, mean: Sequence[float], std: Sequence[float], *, batch: int, threads: int = 1, start: int = 0
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield all images in order as (rows, normalised pixels of shape (b, 3, H, W)); `threads` of them load ahead."""
+    """Yield all images from row `start` on, in order, as (rows, normalised pixels of shape (b, 3, H, W)).
+
+    `threads` of the batches load ahead.
+    """
 
     def load(rows: slice) -> tuple[slice, torch.Tensor]:
         return rows, normalise(np.stack([store[row] for row in range(rows.start, rows.stop)]), mean, std)
 
-    slices = (slice(start, min(start + batch, len(store))) for start in range(0, len(store), batch))
+    slices = (slice(first, min(first + batch, len(store))) for first in range(start, len(store), batch))
     yield from load_ahead(load, slices, threads=threads)

@@ -61,6 +61,8 @@ class TrainConfig(Section):
     """Learning rate of the text tower; None: `lr`."""
     lr_new: float | None = None
     """Learning rate of everything that is not a tower; None: five times `lr`."""
+    lr_prompt: float | None = None
+    """Learning rate of prompt tokens; None: `lr_new`."""
     bias_lr_factor: float = 2.0
     """Biases learn this much faster, without weight decay."""
     weight_decay: float = 4e-5
@@ -101,6 +103,25 @@ class TrainConfig(Section):
             if size % self.instances or size < 2 * self.instances:
                 raise ValueError(f"a batch of {size} is not two or more people with {self.instances} samples each")
         return self
+
+
+class PromptConfig(TrainConfig):
+    """How the prompt stage is trained; the defaults are HPL's (CLIP-ReID's number of epochs is 120)."""
+
+    epochs: int = Field(10, ge=0)
+    lr: float = Field(5e-5, ge=0)
+    lr_new: float | None = 5e-5
+    lr_prompt: float | None = 0.02
+    bias_lr_factor: float = 1.0
+    weight_decay: float = 0.0
+    warmup_epochs: float = Field(0, ge=0)
+    schedule: Literal["cosine", "constant", "step", "exponential"] = "exponential"
+    gamma: float = 0.8
+    cache: Literal["fp16", "fp32", "off"] = "fp16"
+    """Compute what the frozen encoders give once and keep it on disk while the stage runs, in this precision; images
+    are then not augmented. `off` computes it at every step, with augmentation."""
+    use: Path | None = None
+    """`finetune` takes the prompts of this run instead of its own."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,7 @@ def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.op
         "text": config.lr if config.lr_text is None else config.lr_text,
         "new": 5 * config.lr if config.lr_new is None else config.lr_new,
     }
+    rates["prompt"] = rates["new"] if config.lr_prompt is None else config.lr_prompt
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in method.parameters():
         parameter.requires_grad_(False)
@@ -174,7 +196,7 @@ class Trainer:
     Args:
         method: what is trained, on the CPU.
         samples: the training set.
-        validate: metrics of the model on the selection split.
+        validate: metrics of the model on the selection split; None: nothing is selected, the last epoch stays.
         config: see `TrainConfig`.
         folder: where the stage keeps its files.
         seed: of sampling, augmentation, dropout and masking.
@@ -186,7 +208,7 @@ class Trainer:
         self,
         method: Method,
         samples: TrainingSet,
-        validate: Validate,
+        validate: Validate | None,
         config: TrainConfig,
         folder: Path,
         *,
@@ -215,6 +237,7 @@ class Trainer:
             DataError: a loss is not finite, an image cannot be read, or the disk is full.
         """
         first = self._resume()
+        self.method.begin(self.stage)
         self._forget_epochs(first)
         if self.config.epochs == 0:
             self._untrained()
@@ -235,6 +258,8 @@ class Trainer:
     def _untrained(self) -> None:
         """Zero-shot: validate the weights as they are."""
         self.method.eval()
+        if self.validate is None:
+            return
         found = self.validate(self.method)
         self._log(0, self.config.select, found)
         self.best_value = found[self.config.select_metric]
@@ -354,7 +379,7 @@ class Trainer:
         self.step += 1
 
     def _report(self, epoch: int, losses: Mapping[str, Tensor], norms: Mapping[str, float], total: Tensor) -> None:
-        weights = self.method.current_weights()
+        weights = self.method.current_weights(self.stage)
         values = {"total": float(total.detach())}
         for name, value in losses.items():
             values[f"loss/{name}"] = float(value.detach())
@@ -393,6 +418,8 @@ class Trainer:
         if (epoch + 1) % self.config.validate_every and epoch + 1 < self.config.epochs:
             return
         self.method.eval()
+        if self.validate is None:
+            return
         found = self.validate(self.method)
         self._log(epoch, self.config.select, found)
         value = found[self.config.select_metric]

@@ -75,7 +75,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones():
 def test_every_shipped_recipe_parses_against_the_code(name):
     from reidctl.captioning.config import CaptionConfig
     from reidctl.methods.base import method_class
-    from reidctl.stages.finetune import BackboneSettings
+    from reidctl.stages.building import BackboneSettings
     from reidctl.synthped.config import SynthConfig
     from reidctl.training import TrainConfig
 

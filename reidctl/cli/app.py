@@ -15,6 +15,7 @@ from reidctl.cli import (
     index,
     interpret,
     methods,
+    prompt_stage,
     report,
     search,
     study,
@@ -48,6 +49,7 @@ def _root(
 
 app.add_typer(data.app, name="data")
 app.command("caption", epilog=caption.EPILOG)(caption.command)
+app.command("prompt-stage", epilog=prompt_stage.EPILOG)(prompt_stage.command)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.command)
 app.command("index", epilog=index.EPILOG)(index.command)
 app.command("search", epilog=search.EPILOG)(search.command)

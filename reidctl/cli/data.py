@@ -33,6 +33,9 @@ def synth(
     variant: Annotated[str | None, typer.Option(help="standard or cloth-changing.")] = None,
     clone_pairs: Annotated[float | None, typer.Option(help="Look-alike pairs: a number, or a share below 1.")] = None,
     crossing: Annotated[int | None, typer.Option(help="Identities in both datasets (with --domain both).")] = None,
+    captioned: Annotated[
+        str | None, typer.Option(help="With --domain both: which dataset has captions: both, a or b.")
+    ] = None,
     layout: Annotated[
         list[str] | None,
         typer.Option(help="Also lay the dataset out as a public one, e.g. cuhk-pedes or msmt17:v2 (repeatable)."),
@@ -55,6 +58,7 @@ def synth(
         "variant": variant,
         "clone_pairs": int(clone_pairs) if clone_pairs is not None and clone_pairs.is_integer() else clone_pairs,
         "crossing": crossing,
+        "captioned": captioned,
     }
     merged["synth"] = {**merged.get("synth", {}), **{k: v for k, v in given.items() if v is not None}}
     from reidctl.runs import Run

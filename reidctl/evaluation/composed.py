@@ -16,6 +16,7 @@ def composed(
     captions: pd.DataFrame,
     embeddings: EmbeddingTable,
     *,
+    by_image: EmbeddingTable | None = None,
     dataset: str,
     split: str,
     weight: float = 0.5,
@@ -31,6 +32,11 @@ def composed(
     image's own question, with 0 its text is searched under the rules of image-to-image. The gallery holds image vectors
     alone, so no query text can reach it.
 
+    Where images are compared with images by vectors of their own (`by_image`), which no text can be added to, query and
+    gallery are both vectors side by side: query = unit([weight · image, (1 - weight) · text]), image and gallery each
+    as the two tasks see them. That is the same thing, because the cosine with a sum is the sum of the cosines: images
+    are ranked by weight · cos(image, gallery image) + (1 - weight) · cos(text, gallery image).
+
     The sum is the simplest composition, not a trained one. Captions of public sets describe their image, so the text
     adds a second view of the same person here, it does not change it (as in composed image retrieval).
 
@@ -38,6 +44,8 @@ def composed(
         images: table `images`.
         captions: table `captions`; rows of `kind` with status ok that describe a query image are the queries' texts.
         embeddings: vectors of both.
+        by_image: other vectors of the images, by which they are compared with each other; None, or `embeddings`
+            itself: there are none.
         dataset: which dataset of the tables.
         split: which split.
         weight: the image's share, in [0, 1].
@@ -53,7 +61,9 @@ def composed(
     if not 0 <= weight <= 1:
         raise UsageError(f"An image's share of {weight:g} in a query is not in [0, 1].")
     where = {"dataset": dataset, "split": split, "condition": condition, "gallery_condition": gallery_condition}
-    shown = image_to_image(images, embeddings, **where, cloth_changing=cloth_changing)
+    seen = image_to_image(images, embeddings, **where, cloth_changing=cloth_changing)
+    other = None if by_image is embeddings else by_image
+    shown = seen if other is None else image_to_image(images, other, **where, cloth_changing=cloth_changing)
     told = text_to_image(images, captions, embeddings, **where, kind=kind).query
     place = pd.Index(shown.query.image).get_indexer(pd.Index(told.image))
     with_image = np.flatnonzero(place >= 0)
@@ -62,8 +72,19 @@ def composed(
             f"No query image of {dataset}, split {split}, has a caption of kind {kind}.", hint="Evaluate i2i or t2i."
         )
     query = told.select(with_image)
-    vectors = _unit_sum(shown.query.vectors[place[with_image]], query, weight)
-    return replace(shown, direction="it2i", query=replace(query, vectors=vectors))
+    asked = shown.query.vectors[place[with_image]]
+    if other is None:
+        vectors = _unit_sum(asked, query, weight)
+        return replace(shown, direction="it2i", query=replace(query, vectors=vectors))
+    vectors = _beside(asked, query.vectors, weight)
+    gallery = replace(shown.gallery, vectors=_beside(shown.gallery.vectors, seen.gallery.vectors, 0.5))
+    return replace(shown, direction="it2i", query=replace(query, vectors=vectors), gallery=gallery)
+
+
+def _beside(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32], weight: float) -> npt.NDArray[np.float32]:
+    """The unit rows of two matrices side by side, weighted, at length 1; equal rows of both stay equal."""
+    both = np.concatenate([weight * one, (1 - weight) * other], axis=1, dtype=np.float64)
+    return np.asarray(both / np.hypot(weight, 1 - weight), np.float32)
 
 
 def _unit_sum(image: npt.NDArray[np.float32], query: Side, weight: float) -> npt.NDArray[np.float32]:

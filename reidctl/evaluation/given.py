@@ -62,7 +62,9 @@ def read_given(files: Sequence[Path], *, normalise: bool = False) -> Given:
         if path.suffix == ".npz":
             source, model = archive_source(path)
         else:
-            source, model = store.parquet_source(path, extra=("outfit_id",)), tables.footer(path).get("model")
+            source, facts = store.parquet_source(path, extra=("outfit_id",)), tables.footer(path)
+            model = facts.get("model")
+            notes += _other_task(source, facts.get("task"))
         source, said = _without_junk(source)
         sources.append(source)
         models[str(path)] = None if model is None else str(model)
@@ -101,6 +103,16 @@ def _unit_length(table: EmbeddingTable, sizes: Sequence[tuple[str, int]], normal
     if not len(norms):
         return []
     return [f"The vectors were divided by their lengths, which were {norms.min():.4g} to {norms.max():.4g}."]
+
+
+def _other_task(source: Source, task: object) -> list[str]:
+    """A warning about image queries among vectors by which their model does not compare images with images."""
+    if task != "t2i" or not ((source.rows["role"] == "query") & (source.rows["modality"] == "image")).any():
+        return []
+    return [
+        f"{source.name} holds the vectors that its model compares with texts. It compares images with images by others: "
+        "measure the `embeddings_i2i.parquet` of its index instead."
+    ]
 
 
 def _check_labels(source: Source) -> None:

@@ -7,7 +7,7 @@ imports nothing.
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,7 +27,9 @@ from reidctl.errors import DataError, UsageError
 from reidctl.layers.matching import Encoded
 
 Explainer = Literal["gradcam", "patch"]
-Role = Literal["image", "text", "new"]
+Role = Literal["image", "text", "new", "prompt"]
+"""Which learning rate of `train` a parameter takes: `lr`, `lr_text`, `lr_new`, `lr_prompt`."""
+Task = Literal["t2i", "i2i"]
 TargetText = Literal["caption", "identity", "identity+clothing", "clothing", "mix"]
 
 FORMAT = 1
@@ -39,15 +41,22 @@ class MethodConfig(Section):
     weights: dict[str, float] = Field(default_factory=dict)
     """Loss weights by exact loss name, over the method's defaults; an unknown name is an error."""
 
+    @property
+    def needs_prompt_stage(self) -> bool:
+        """Whether `finetune` cannot start without the result of the prompt stage."""
+        return False
+
+    def prompt_settings(self) -> dict[str, Any]:
+        """The settings that the result of the prompt stage depends on, by name; plain values only."""
+        return {}
+
 
 class Method(nn.Module, ABC):
     """A retrieval model and how it is trained.
 
     Class attributes:
         Config: the recipe section.
-        stages: the training stages it has.
-        train_texts: which texts of a sample its losses read: any of `full`, `identity`, `clothing`.
-        gallery_texts: which texts, written from the gallery image alone, its gallery side reads.
+        stages: the training stages it has, in order; `prompt-stage` comes before `finetune`.
         loss_weights: default weight of every loss.
         learns_without_text: whether a batch may hold images without a caption, from which it learns too.
 
@@ -61,7 +70,6 @@ class Method(nn.Module, ABC):
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     stages: ClassVar[tuple[str, ...]] = ("finetune",)
-    train_texts: ClassVar[tuple[str, ...]] = ("full",)
     loss_weights: ClassVar[Mapping[str, float]] = {}
     learns_without_text: ClassVar[bool] = False
 
@@ -76,6 +84,16 @@ class Method(nn.Module, ABC):
                 f"`{self.name}` has no loss `{unknown[0]}`.",
                 hint=f"Its losses: {', '.join(self.loss_weights) or 'none'}.",
             )
+
+    @property
+    def train_texts(self) -> tuple[str, ...]:
+        """Which texts of a sample its losses read: any of `full`, `identity`, `clothing`."""
+        return ("full",)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The vectors that an image has: `t2i` is compared with texts; with `i2i` too, images are compared by it."""
+        return ("t2i",)
 
     @property
     def gallery_texts(self) -> tuple[str, ...]:
@@ -106,6 +124,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def embed_texts(self, batch: Batch) -> Tensor:
         """Return unit vectors (B, D) of the texts `full`."""
+
+    def embed_tasks(self, batch: Batch) -> dict[Task, Tensor]:
+        """Return one unit vector per image for each of `tasks`, each (B, D), from one forward pass.
+
+        `t2i` is what `embed_images` returns. Where `i2i` is missing, images are compared with images by it too.
+        """
+        return {"t2i": self.embed_images(batch)}
 
     @property
     def scores_pairs(self) -> bool:
@@ -158,8 +183,8 @@ class Method(nn.Module, ABC):
         """Return the weighted sum of the losses, a scalar."""
         return torch.stack([self.weight(name) * value for name, value in losses.items()]).sum()
 
-    def current_weights(self) -> dict[str, float]:
-        """The weight that each active loss has now."""
+    def current_weights(self, stage: str = "finetune") -> dict[str, float]:
+        """The weight that each loss of a stage has now; losses that are not active are left out."""
         return {name: self.weight(name) for name in self.loss_weights if self.active(name)}
 
     def gradient_norms(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
@@ -198,6 +223,34 @@ class Method(nn.Module, ABC):
                 role = "text"
             roles[role].append((name, parameter))
         return roles
+
+    def begin(self, stage: str) -> None:
+        """Prepare for a training stage, once the starting weights are loaded; also before a killed one goes on."""
+
+    def frozen_features(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the prompt stage reads of the images, or of the texts `full`, and never changes.
+
+        Images give tensors (B, ...) by names that start with `image`, texts tensors (T, ...) that start with `text`.
+        They can be computed once and kept, because the prompt stage trains neither encoder; `losses` takes them from
+        `Batch.frozen` if they are there. Called in evaluation mode with a batch of images alone or of texts alone.
+
+        Raises:
+            UsageError: the method has no prompt stage.
+        """
+        raise UsageError(f"`{self.name}` has no prompt stage.", hint="Train it with `reidctl finetune`.")
+
+    def prompt_rows(self, persons: Sequence[str]) -> list[tuple[str, str, Tensor]]:
+        """Return the learnt prompts as (scope, key, vectors (M, W)); scope `shared`, `domain` or `person`.
+
+        Args:
+            persons: ids of the training people, in the order of their numbers.
+        """
+        return []
+
+    def prompt_state(self) -> dict[str, Tensor]:
+        """What the prompt stage hands over to `finetune`: every tensor of its result, by name in the state."""
+        names = {name for members in self.parameters_by_role("prompt-stage").values() for name, _ in members}
+        return {name: value for name, value in self.state_dict().items() if name in names}
 
     def training_report(self) -> dict[str, float]:
         """Further numbers of the last step for the history, by name."""

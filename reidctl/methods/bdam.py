@@ -81,7 +81,6 @@ class Bdam(Method):
     name = "bdam"
     summary = "identity/clothing decoupling, HSIC, GradNorm, Mamba fusion (two unpublished versions)"
     Config = BdamConfig
-    train_texts = ("full", "identity", "clothing")
     loss_weights: ClassVar = {
         "info": 1.0,
         "triplet": 1.0,
@@ -155,6 +154,11 @@ class Bdam(Method):
         if loss == "match":
             return config.protocol == "pairwise" and super().active(loss)
         return super().active(loss)
+
+    @property
+    def train_texts(self) -> tuple[str, ...]:
+        """The caption, or what plays it, and the two described texts."""
+        return ("full", "identity", "clothing")
 
     @property
     def gallery_texts(self) -> tuple[str, ...]:
@@ -343,9 +347,9 @@ class Bdam(Method):
         total = self.balancer.combine({name: scaled[name] for name in raw})
         return total + scaled["grl"] if "grl" in scaled else total
 
-    def current_weights(self) -> dict[str, float]:
+    def current_weights(self, stage: str = "finetune") -> dict[str, float]:
         """The fixed weight of each loss times GradNorm's."""
-        fixed = super().current_weights()
+        fixed = super().current_weights(stage)
         if self.balancer is None:
             return fixed
         balanced = self.balancer.weights()

@@ -1,4 +1,4 @@
-"""The table of embeddings as one object: a matrix and, row by row, what each vector belongs to."""
+"""Tables of embeddings as objects: a matrix and, row by row, what each vector belongs to."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +40,19 @@ class EmbeddingTable:
         chosen = np.asarray(keep)
         positions = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return EmbeddingTable(self.rows.iloc[positions].reset_index(drop=True), rows_of(self.vectors, positions))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The vectors of a model by what they are compared with; one object twice if it has one vector per image.
+
+    Args:
+        t2i: images as texts are compared with them, and the texts.
+        i2i: images as they are compared with each other.
+    """
+
+    t2i: EmbeddingTable
+    i2i: EmbeddingTable
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def run(
     """
     config = parse_section(SynthConfig, {"seed": recipe.get("seed", 0), **recipe.get("synth", {})}, "synth")
     writers = {name: writer(name) for name in sorted({name.replace("_", "-") for name in layouts})}
-    settings = {"synth": config.model_dump(mode="json")}
+    # Only where it is used: datasets from before it existed stay up to date.
+    unused = {"captioned"} if config.captioned == "both" else set()
+    settings = {"synth": config.model_dump(mode="json", exclude=unused)}
     current = None if force else run.up_to_date(STAGE, settings, {})
     if current is not None:
         return {**current, "status": "up-to-date", "layouts": _lay_out(run, writers)}

@@ -21,7 +21,7 @@ from reidctl.evaluation.reranking import caveats, evaluate_reranked
 from reidctl.evaluation.single_shot import single_shot
 from reidctl.evaluation.slices import slice_rows
 from reidctl.retrieval.rerank import Parameters, parse
-from reidctl.retrieval.store import EmbeddingTable
+from reidctl.retrieval.store import Stored
 from reidctl.runs import Run
 from reidctl.stages import results
 from reidctl.stages.index import model_digest, training_digest
@@ -197,7 +197,7 @@ def _measure(subject: Subject, asked: Asked) -> Found:
     return found
 
 
-def _dataset(subject: Subject, stored: EmbeddingTable, dataset: str, asked: Asked, found: Found) -> None:
+def _dataset(subject: Subject, stored: Stored, dataset: str, asked: Asked, found: Found) -> None:
     """Add the model and its reference rows on one dataset, in the directions asked for where the data allow."""
     allowed, notes = protocols_of(subject, stored, dataset)
     found.notes += notes
@@ -214,16 +214,17 @@ def _dataset(subject: Subject, stored: EmbeddingTable, dataset: str, asked: Aske
         protocol = composed(
             subject.corpus.images,
             subject.texts,
-            stored,
+            stored.t2i,
+            by_image=stored.i2i,
             dataset=dataset,
             split=subject.split,
             weight=asked.weight,
             cloth_changing=changing,
         )
         _direction(subject, protocol, asked, found)
-        found.notes.append(
-            f"{dataset}: image+text queries are unit({asked.weight:g} image + {1 - asked.weight:g} text), not trained."
-        )
+        what = f"{asked.weight:g} image + {1 - asked.weight:g} text"
+        how = f"unit({what})" if stored.i2i is stored.t2i else f"ranked by the cosines {what}, each of its own vectors"
+        found.notes.append(f"{dataset}: image+text queries are {how}, not trained.")
 
 
 def _direction(subject: Subject, protocol: Protocol, asked: Asked, found: Found) -> None:

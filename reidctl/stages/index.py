@@ -13,13 +13,16 @@ from reidctl import tables
 from reidctl.console import progress
 from reidctl.data import Corpus, build_corpus
 from reidctl.device import resolve_device
-from reidctl.embedding import embed_gallery
+from reidctl.embedding import embed_gallery_tasks
 from reidctl.errors import DataError
-from reidctl.methods.base import load_method
+from reidctl.methods.base import Task, load_method
+from reidctl.retrieval.store import Stored, read_embeddings
 from reidctl.runs import Run
 from reidctl.stages.sources import find_source
 
 STAGE = "index"
+TABLES: Mapping[Task, str] = {"t2i": "embeddings", "i2i": "embeddings_i2i"}
+"""The tables of an index by task; there is no second one where images have one vector."""
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -57,7 +60,8 @@ def run(
 ) -> dict[str, Any]:
     """Embed the images of a split, or of a folder, and write the `embeddings` table.
 
-    Only images, and texts written from these very images, are read: no query can reach the gallery.
+    Only images, and texts written from these very images, are read: no query can reach the gallery. Where a method
+    compares images with images by other vectors than with texts, those are a second table, `embeddings_i2i`.
 
     Args:
         run: where the trained model is and the stage writes.
@@ -87,33 +91,38 @@ def run(
     run.unfinish(STAGE)
     method = load_method(run.stage_dir("finetune"), target)
     with progress("index", len(corpus.images)) as advance:
-        vectors = embed_gallery(method, corpus, device=target, batch=batch, advance=advance)
+        vectors = embed_gallery_tasks(method, corpus, device=target, batch=batch, advance=advance)
     preprocessing = {
         "image_size": list(method.backbone.image_size),
         "mean": list(method.backbone.mean),
         "std": list(method.backbone.std),
     }
-    path = run.table(STAGE, "embeddings")
-    tables.write_table(
-        path,
-        "embeddings",
-        label_rows(corpus.images),
-        matrices={"embedding": vectors},
-        # The table says what it is even when it is copied out of the run.
-        facts={"model": weights, "split": "own" if images is not None else split, "preprocessing": preprocessing},
-    )
+    # A table says what it is even when it is copied out of the run.
+    facts = {"model": weights, "split": "own" if images is not None else split, "preprocessing": preprocessing}
+    several = len(method.tasks) > 1
+    run.table(STAGE, TABLES["i2i"]).unlink(missing_ok=True)  # an earlier model may have had one
+    outputs = []
+    for task in method.tasks:
+        outputs.append(run.table(STAGE, TABLES[task]))
+        tables.write_table(
+            outputs[-1],
+            "embeddings",
+            label_rows(corpus.images),
+            matrices={"embedding": vectors[task]},
+            facts={**facts, "task": task} if several else facts,
+        )
     seconds = (datetime.now(UTC) - started).total_seconds()
     record = run.finish(
         STAGE,
         settings=settings,
         inputs=inputs,
-        outputs=[path],
+        outputs=outputs,
         started=started,
         device=str(target),
         metrics={
-            "images": len(vectors),
-            "dimensions": int(vectors.shape[1]),
-            "images_per_second": round(len(vectors) / max(seconds, 1e-9), 1),
+            "images": len(vectors["t2i"]),
+            "dimensions": int(vectors["t2i"].shape[1]),
+            "images_per_second": round(len(vectors["t2i"]) / max(seconds, 1e-9), 1),
         },
         extra={
             "data": str(folder.resolve()),
@@ -121,9 +130,25 @@ def run(
             "split": split,
             "model_sha256": weights,
             "preprocessing": preprocessing,
+            **({"tasks": list(method.tasks)} if several else {}),
         },
     )
     return {**record, "status": "done"}
+
+
+def indexed_tasks(record: Mapping[str, Any]) -> tuple[Task, ...]:
+    """Return the tasks whose vectors an index holds, from its record."""
+    return tuple(record.get("tasks", ("t2i",)))
+
+
+def read_index(run: Run, record: Mapping[str, Any]) -> Stored:
+    """Return all vectors of an index.
+
+    Raises:
+        DataError: a table is missing or damaged.
+    """
+    held = {task: read_embeddings(run.table(STAGE, TABLES[task])) for task in indexed_tasks(record)}
+    return Stored(held["t2i"], held.get("i2i", held["t2i"]))
 
 
 def label_rows(images: pd.DataFrame) -> pd.DataFrame:

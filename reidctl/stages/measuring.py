@@ -14,14 +14,14 @@ from reidctl import tables
 from reidctl.console import log, progress
 from reidctl.data import Corpus
 from reidctl.device import resolve_device
-from reidctl.embedding import embed_gallery, embed_queries
+from reidctl.embedding import embed_gallery_tasks, embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation import protocols
 from reidctl.evaluation.origin import other_tables
 from reidctl.methods.base import Method, load_method
-from reidctl.retrieval.store import EmbeddingTable, read_embeddings
+from reidctl.retrieval.store import EmbeddingTable, Stored
 from reidctl.runs import Run
-from reidctl.stages.index import label_rows, model_digest
+from reidctl.stages.index import indexed_tasks, label_rows, model_digest, read_index
 from reidctl.stages.sources import Source, find_source
 
 QUERIES = ("caption", "identity+clothing", "identity", "clothing")
@@ -117,8 +117,8 @@ def check_people(source: Source) -> None:
         )
 
 
-def embed(subject: Subject) -> EmbeddingTable:
-    """Return gallery vectors, from the index if it fits, else made here, and query vectors, made here."""
+def embed(subject: Subject) -> Stored:
+    """Return gallery vectors, from the index if it fits, else made here, and vectors of the query texts, made here."""
     run, corpus = subject.run, subject.corpus
     record = run.record("index")
     fits = (
@@ -126,20 +126,21 @@ def embed(subject: Subject) -> EmbeddingTable:
         and record["inputs"] == subject.source.digests()
         and record["settings"]["model"] == subject.weights
         and record["settings"]["split"] in (subject.split, "all")
+        and indexed_tasks(record) == subject.method.tasks
     )
-    if fits:
-        gallery = read_embeddings(run.table("index", "embeddings"))
+    if record is not None and fits:
+        gallery = read_index(run, record)
     else:
         log.info("No index of these images by this model: embedding the gallery now.")
         with progress("gallery", len(corpus.images)) as advance:
-            vectors = embed_gallery(subject.method, corpus, device=subject.device, advance=advance)
-        gallery = EmbeddingTable(label_rows(corpus.images).reset_index(drop=True), vectors)
+            vectors = embed_gallery_tasks(subject.method, corpus, device=subject.device, advance=advance)
+        rows = label_rows(corpus.images).reset_index(drop=True)
+        held = {task: EmbeddingTable(rows, vectors[task]) for task in subject.method.tasks}
+        gallery = Stored(held["t2i"], held.get("i2i", held["t2i"]))
     return with_queries(gallery, subject, [str(text) for text in subject.texts["text"]])
 
 
-def with_queries(
-    gallery: EmbeddingTable, subject: Subject, sentences: list[str], *, condition: str = "standard"
-) -> EmbeddingTable:
+def with_queries(gallery: Stored, subject: Subject, sentences: list[str], *, condition: str = "standard") -> Stored:
     """Return the gallery's vectors and those of one sentence for each row of `subject.texts`."""
     texts, corpus = subject.texts, subject.corpus
     if not len(texts):
@@ -150,20 +151,22 @@ def with_queries(
     rows = label_rows(images).assign(
         item_id=texts["caption_id"].to_numpy(), role="query", modality="text", condition=condition
     )
-    columns = list(gallery.rows.columns)
-    return EmbeddingTable(
-        pd.concat([gallery.rows, rows[columns]], ignore_index=True), np.concatenate([gallery.vectors, vectors])
+    shown = gallery.t2i
+    columns = list(shown.rows.columns)
+    whole = EmbeddingTable(
+        pd.concat([shown.rows, rows[columns]], ignore_index=True), np.concatenate([shown.vectors, vectors])
     )
+    return Stored(whole, whole if gallery.i2i is shown else gallery.i2i)
 
 
-def protocols_of(subject: Subject, stored: EmbeddingTable, dataset: str) -> tuple[list[protocols.Protocol], list[str]]:
+def protocols_of(subject: Subject, stored: Stored, dataset: str) -> tuple[list[protocols.Protocol], list[str]]:
     """Return the standard protocols that the data of one dataset allow, and notes about those that they do not."""
     corpus, texts, split = subject.corpus, subject.texts, subject.split
     found: list[protocols.Protocol] = []
     notes: list[str] = []
     mine = corpus.images["dataset"] == dataset
     if texts["image_id"].isin(set(corpus.images.loc[mine, "image_id"])).any():
-        found.append(protocols.text_to_image(corpus.images, texts, stored, dataset=dataset, split=split))
+        found.append(protocols.text_to_image(corpus.images, texts, stored.t2i, dataset=dataset, split=split))
     else:
         notes.append(f"{dataset}: no captions in the {split} split, so no text-to-image result.")
     roles = set(corpus.images.loc[mine, "role"].dropna())
@@ -171,7 +174,7 @@ def protocols_of(subject: Subject, stored: EmbeddingTable, dataset: str) -> tupl
     if {"query", "gallery"} <= roles or by_camera:
         changing = _changes_clothes(corpus.images[mine])
         found.append(
-            protocols.image_to_image(corpus.images, stored, dataset=dataset, split=split, cloth_changing=changing)
+            protocols.image_to_image(corpus.images, stored.i2i, dataset=dataset, split=split, cloth_changing=changing)
         )
     return found, notes
 

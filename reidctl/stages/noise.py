@@ -1,10 +1,12 @@
-"""Descriptions damaged on purpose, to measure how much training depends on them."""
+"""Descriptions and captions damaged on purpose, to measure how much training depends on them."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
 from reidctl.data import Corpus
+from reidctl.datasets.degrade import degrade
 from reidctl.errors import DataError
 
 
@@ -45,6 +47,29 @@ def exchange_descriptions(corpus: Corpus, share: float, *, seed: int = 0) -> Cor
         giver = rows[by_person[draw if draw < first[place] else draw + count[place]]]
         identity[rows[place]], clothing[rows[place]] = corpus.identity[giver], corpus.clothing[giver]
     return Corpus(corpus.images, corpus.captions, identity, clothing, corpus.root)
+
+
+def degrade_captions(corpus: Corpus, kind: str, level: float, *, seed: int = 0) -> Corpus:
+    """Return the corpus with the captions of the train split made worse; see `datasets.degrade`.
+
+    Other splits keep theirs: the curve shows what a training owes to the quality of its captions.
+
+    Args:
+        corpus: all splits.
+        kind: `drop`, `shorten`, `typo` or `shuffle`.
+        level: in [0, 1].
+        seed: of all draws.
+    """
+    if not level:
+        return corpus
+    train = (corpus.images["split"] == "train").to_numpy()
+    captions = corpus.captions.copy()
+    spoilt = train[captions["row"].to_numpy(int)]
+    captions["text"] = [
+        degrade(str(text), kind, level, seed=seed, key=str(name)) if bad else text
+        for text, name, bad in zip(captions["text"], captions["caption_id"], spoilt, strict=True)
+    ]
+    return replace(corpus, captions=captions)
 
 
 def _draw(seed: int, image_id: str, what: str) -> int:

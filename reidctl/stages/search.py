@@ -14,13 +14,13 @@ from reidctl.device import resolve_device
 from reidctl.embedding import embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation import pairwise
-from reidctl.methods.base import Method, load_method
+from reidctl.methods.base import Method, Task, load_method
 from reidctl.pixels import normalise, read_pixels
 from reidctl.report.sheet import ranking_sheet
 from reidctl.retrieval.exact import search
 from reidctl.retrieval.store import read_embeddings
 from reidctl.runs import Run, digest
-from reidctl.stages.index import model_digest
+from reidctl.stages.index import TABLES, indexed_tasks, model_digest
 
 
 def run(
@@ -35,6 +35,9 @@ def run(
 ) -> dict[str, Any]:
     """Return the best items of the run's index for one query.
 
+    A sentence is compared with the vectors that the model gives images for texts; an image is embedded as images are
+    compared with images, and compared with the index's vectors of that kind. Most models have one vector for both.
+
     Args:
         run: with a trained model and an index made by it.
         text: what to look for; exactly one of `text` and `image`.
@@ -47,7 +50,7 @@ def run(
 
     Raises:
         UsageError: not exactly one query, or re-ranking of an image query or by a model without a match head.
-        DataError: no index, or one made by another model.
+        DataError: no index, one made by another model, or one without the vectors that an image is compared with.
     """
     if (text is None) == (image is None):
         raise UsageError("Give either a sentence or --image, not both and not none.")
@@ -58,14 +61,12 @@ def run(
     deep = None if rerank is None else pairwise.Pairwise(rerank)
     started = time.monotonic()
     record = run.require("index")
-    path, model = run.table("index", "embeddings"), model_digest(run)
-    # The record speaks of the stage, the footer of the table itself; older tables have no `model`.
-    if {record["model_sha256"], tables.footer(path).get("model", model)} != {model}:
-        raise DataError("The index was made by another model than the run's.", hint="Run `reidctl index` again.")
-    stored = read_embeddings(path)
-    names, people = stored.rows["item_id"], stored.rows["person_id"]
+    _table(run, record, "t2i")  # before a model is loaded
     target = resolve_device(device)
     method = load_method(run.stage_dir("finetune"), target)
+    task: Task = "i2i" if image is not None and "i2i" in method.tasks else "t2i"
+    stored = read_embeddings(_table(run, record, task))
+    names, people = stored.rows["item_id"], stored.rows["person_id"]
     if deep is not None:
         pairwise.check(method, deep, len(stored), "the index")
     query = _query(method, text, image, target)
@@ -100,6 +101,24 @@ def run(
     }
 
 
+def _table(run: Run, record: dict[str, Any], task: Task) -> Path:
+    """Where the index keeps the vectors of a task.
+
+    Raises:
+        DataError: it has none, or another model made them.
+    """
+    path, model = run.table("index", TABLES[task]), model_digest(run)
+    if task not in indexed_tasks(record) or (task == "i2i" and not path.is_file()):
+        raise DataError(
+            "The index lacks the vectors by which this model compares images with images.",
+            hint="Run `reidctl index --force` again.",
+        )
+    # The record speaks of the stage, the footer of the table itself; older tables have no `model`.
+    if {record["model_sha256"], tables.footer(path).get("model", model)} != {model}:
+        raise DataError("The index was made by another model than the run's.", hint="Run `reidctl index` again.")
+    return path
+
+
 def _query(method: Method, text: str | None, image: Path | None, device: torch.device) -> np.ndarray[Any, Any]:
     if text is not None:
         return embed_queries(method, [text], device=device)
@@ -110,7 +129,8 @@ def _query(method: Method, text: str | None, image: Path | None, device: torch.d
     picture = read_pixels(image, backbone.image_size, backbone.interpolation)
     pixels = normalise(picture[None], backbone.mean, backbone.std)
     with torch.inference_mode():
-        found: np.ndarray[Any, Any] = method.embed_images(Batch(image=pixels.to(device))).float().cpu().numpy()
+        made = method.embed_tasks(Batch(image=pixels.to(device)))
+        found: np.ndarray[Any, Any] = made.get("i2i", made["t2i"]).float().cpu().numpy()
     return found
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from pydantic import Field, field_validator
@@ -29,6 +29,13 @@ class DataSettings(Section):
     """Whether `data combine` takes people of a test split out of every training split."""
     description_noise: float = Field(0.0, ge=0, le=1)
     """Share of described train images that `finetune` gives the texts of another person: a study of their quality."""
+
+    caption_noise: float = Field(0.0, ge=0, le=1)
+    """Level at which the training captions are made worse in the way of `caption_noise_kind`, as `data degrade` does it
+    for queries: a study of how much a training owes to their quality."""
+    caption_noise_kind: Literal["drop", "shorten", "typo", "shuffle"] = "drop"
+    part: Literal["all", "captioned", "caption-free"] = "all"
+    """Which training images `finetune` and `prompt-stage` use: a single-task model sees only its own set."""
 
     @field_validator("leak_check", mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from reidctl import tables
 from reidctl.captioning.language import clothing_words
 from reidctl.captioning.neutralise import split_words
 from reidctl.console import progress
-from reidctl.embedding import embed_blank, embed_gallery, embed_queries, token_keys
+from reidctl.embedding import embed_blank_tasks, embed_gallery_tasks, embed_queries, token_keys
 from reidctl.errors import DataError
 from reidctl.evaluation import protocols
 from reidctl.evaluation.paraphrase import rewrite_synthped
@@ -28,6 +28,7 @@ from reidctl.evaluation.robustness import (
     vectors_digest,
 )
 from reidctl.evaluation.settings import SETTINGS
+from reidctl.methods.base import Task
 from reidctl.runs import Run
 from reidctl.stages.measuring import Subject, embed, protocols_of, with_queries
 from reidctl.synthped.config import SynthConfig
@@ -183,7 +184,7 @@ class Bench:
         stored = with_queries(self._stored, replace(self.subject, texts=rows), [str(text) for text in rows["text"]])
         datasets = sorted(set(images["dataset"].iloc[rows["row"].to_numpy(int)]))
         split = self.subject.split
-        return [protocols.text_to_image(images, rows, stored, dataset=name, split=split) for name in datasets]
+        return [protocols.text_to_image(images, rows, stored.t2i, dataset=name, split=split) for name in datasets]
 
     def measure(self, case: Case) -> Measured:
         """Rank every query of a case."""
@@ -205,17 +206,18 @@ class Bench:
             yield from base
             return
         if case.texts is not None:
-            vectors = self._text_vectors(case, base)
+            told = self._text_vectors(case, base)
             for protocol in base:
                 if protocol.direction == "t2i":
-                    asked = np.stack([vectors[item] for item in protocol.query.item])
+                    asked = np.stack([told[item] for item in protocol.query.item])
                     yield protocols.with_vectors(protocol, asked, protocol.gallery.vectors, condition=case.row)
             return
-        made, images = self._image_vectors(case), self.subject.corpus.images
+        vectors, images = self._image_vectors(case), self.subject.corpus.images
         row_of = {name: row for row, name in enumerate(images["image_id"])}
         for protocol in base:
             query, gallery = protocol.query, protocol.gallery
             i2i, both = protocol.direction == "i2i", case.setting == "blank"
+            made = vectors["i2i" if i2i else "t2i"]
             yield protocols.with_vectors(
                 protocol,
                 made[[row_of[name] for name in query.item]] if i2i else query.vectors,
@@ -246,12 +248,12 @@ class Bench:
             )
         return self._vectors[reference]
 
-    def _image_vectors(self, case: Case) -> npt.NDArray[np.float32]:
+    def _image_vectors(self, case: Case) -> dict[Task, npt.NDArray[np.float32]]:
         subject = self.subject
         corpus, method, images = subject.corpus, subject.method, subject.corpus.images
         with progress(case.row, len(images)) as advance:
             if case.setting == "blank":
-                return embed_blank(method, corpus, device=subject.device, advance=advance)
+                return embed_blank_tasks(method, corpus, device=subject.device, advance=advance)
             store = SpoiltImages(
                 corpus.paths(),
                 list(images["image_id"]),
@@ -262,4 +264,4 @@ class Bench:
                 level=case.level,
                 seed=case.seed,
             )
-            return embed_gallery(method, corpus, device=subject.device, store=store, advance=advance)
+            return embed_gallery_tasks(method, corpus, device=subject.device, store=store, advance=advance)

@@ -29,15 +29,17 @@ from reidctl.evaluation.study_tables import claim_rows, column_of, overview, pag
 from reidctl.report.radar import radar
 from reidctl.report.study_figures import Panel, study_bars, study_curve
 from reidctl.runs import Run, fingerprint
-from reidctl.stages import finetune
-from reidctl.stages.study_unit import Done, Job, Unit, Values, end_with_parent, work
+from reidctl.stages import building
+from reidctl.stages.study_unit import Done, Job, Prompts, Unit, Values, end_with_parent, home_of, work
 
 Place = tuple[str, int]
 """Condition and seed."""
 
 # Folders of the trainings and of a run's own stages: a study may share a run directory with them.
-_RESERVED = frozenset({"units", "people", "texts", "data", "caption", "finetune", "index", "evaluate", "robustness"}
-                      | {"against", "seeds", "matrix", "epochs", "interpret", "analyse", "report"})  # fmt: skip
+_RESERVED = frozenset(
+    "units people texts combined prompts data caption prompt-stage finetune index evaluate robustness against seeds "
+    "matrix epochs interpret analyse report".split()
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _plans(home: Path, files: Sequence[Path], seeds: Sequence[int] | None) -> li
 def _units(home: Path, study: Study) -> dict[Place, Unit]:
     start = None
     if study.start is not None:
-        start = Unit(home, {"seed": 0, **_checked(finetune.resolve(study.start, None))})
+        start = Unit(home, {"seed": 0, **_checked(building.resolve(study.start, None))})
     return {
         (name, seed): _unit(home, study, condition, seed, start)
         for name, condition in study.conditions.items()
@@ -115,13 +117,13 @@ def _units(home: Path, study: Study) -> dict[Place, Unit]:
 
 
 def _unit(home: Path, study: Study, condition: Condition, seed: int, start: Unit | None) -> Unit:
-    recipe = finetune.resolve(merge(study.recipe, condition.set), condition.method or study.method)
+    recipe = building.resolve(merge(study.recipe, condition.set), condition.method or study.method)
     return Unit(home, {**_checked(recipe), "seed": seed}, start)
 
 
 def _checked(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe, after refusing settings that would only be refused when its training starts."""
-    finetune.check(recipe)
+    building.check(recipe)
     return {name: value for name, value in recipe.items() if name != "about"}
 
 
@@ -159,6 +161,7 @@ def _train(wanted: Sequence[Job], workers: int) -> Measured:
     stages = (
         ("data", "datasets", [Job(dataset) for dataset in datasets.values()]),
         ("starting weights", "trainings", [Job(unit) for unit in starts.values()]),
+        ("prompts", "prompt stages", [Job(prompts) for prompts in _prompts(units)]),
         ("study", "trainings", wanted),
     )
     found: Measured = {}
@@ -183,9 +186,14 @@ def _train(wanted: Sequence[Job], workers: int) -> Measured:
     return found
 
 
+def _prompts(units: Sequence[Unit]) -> list[Prompts]:
+    """The prompt stages that trainings build on, each once."""
+    every = [prompts for unit in units if (prompts := unit.prompts) is not None]
+    return list({prompts.name: prompts for prompts in every}.values())
+
+
 def _place_of(done: Done) -> str:
-    work_ = done.job.work
-    return str(work_.run.path if isinstance(work_, Unit) else (work_.texts or work_.pictures).path)
+    return str(home_of(done.job.work).path)
 
 
 def _key(measures: Measures) -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from reidctl import console, tables
 from reidctl.errors import ReidctlError
+from reidctl.evaluation.alarms import ALARMS
 from reidctl.evaluation.study import Measures
 from reidctl.runs import Run, fingerprint
 
@@ -54,9 +55,16 @@ class Dataset:
         return Run(self.home / "texts" / fingerprint(facts, {})[:12])
 
     @property
+    def both(self) -> Run | None:
+        """Where the two datasets of `synth.domain: both` are one, purged of each other's test people; else None."""
+        if dict(self.recipe.get("synth") or {}).get("domain") != "both":
+            return None
+        return Run(self.home / "combined" / self.pictures.path.name)
+
+    @property
     def folder(self) -> Path:
         """Where the tables of the people are."""
-        return self.pictures.stage_dir("data")
+        return (self.both or self.pictures).stage_dir("data")
 
     @property
     def captions(self) -> Path | None:
@@ -65,13 +73,28 @@ class Dataset:
 
     def make(self) -> None:
         """Render and describe, if that is not done yet."""
-        from reidctl.stages import caption, data_synth
+        from reidctl.stages import caption, data_combine, data_synth
+        from reidctl.stages.sources import DataSettings
 
         with locked(self.pictures.path):
             data_synth.run(self.pictures, self.recipe, workers=1)
+        if self.both is not None:
+            with locked(self.both.path):
+                who = self.both.path / "who.csv"
+                tables.write_text(who, _who_is_who(self.pictures))
+                data_combine.run(self.both, [self.pictures.path], DataSettings.model_validate({"identity_map": who}))
         if self.texts is not None:
             with locked(self.texts.path):
                 caption.run(self.texts, self.recipe, data=self.folder)
+
+
+def _who_is_who(rendered: Run) -> str:
+    """The identity map of rendered datasets, as `data combine` reads it: the renderer knows who is whom."""
+    images = tables.read_table(rendered.table("data", "images"), "images").drop_duplicates("person_id")
+    names = [str(person).split(":", 1) for person in images["person_id"]]
+    true = [dict(attributes)["true_person"] for attributes in images["attributes"]]
+    rows = [f"{dataset},{person},{identity}" for (dataset, person), identity in zip(names, true, strict=True)]
+    return "\n".join(["dataset,person,identity", *rows]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -104,14 +127,64 @@ class Unit:
         """Its run."""
         return Run(self.home / "units" / self.name)
 
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The recipe with the run that its towers start from."""
+        recipe = dict(self.recipe)
+        if self.start is not None:
+            recipe["backbone"] = {**recipe["backbone"], "start": str(self.start.run.path)}
+        return recipe
+
+    @property
+    def prompts(self) -> "Prompts | None":
+        """The prompt stage that it builds on; None if it needs none."""
+        from reidctl.stages import building
+
+        checked = building.check(self.recipe)
+        if not checked.method.needs_prompt_stage:
+            return None
+        asked = {name: self.recipe[name] for name in ("seed", "backbone", "prompt", "data") if name in self.recipe}
+        method = {"name": checked.name, **checked.method.prompt_settings()}
+        start = self.start.name if self.start else None
+        facts = {**asked, "method": method, "people": self.dataset.recipe, "start": start}
+        return Prompts(self, fingerprint(facts, {})[:12])
+
     def train(self) -> dict[str, Any]:
         """Train, if that is not done yet; return the record."""
         from reidctl.stages import finetune
 
-        recipe = dict(self.recipe)
-        if self.start is not None:
-            recipe["backbone"] = {**recipe["backbone"], "start": str(self.start.run.path)}
+        recipe, prompts = self.whole, self.prompts
+        if prompts is not None:
+            prompts.make()
+            recipe["prompt"] = {**(recipe.get("prompt") or {}), "use": str(prompts.run.path)}
         return finetune.run(self.run, recipe, data=self.dataset.folder, captions=self.dataset.captions)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompt stage of a training, shared by all trainings of a study that would repeat it.
+
+    Attributes:
+        unit: one of those trainings.
+        name: what its run is called.
+    """
+
+    unit: Unit
+    name: str
+
+    @property
+    def run(self) -> Run:
+        """Its run."""
+        return Run(self.unit.home / "prompts" / self.name)
+
+    def make(self) -> None:
+        """Learn the prompts, if that is not done yet."""
+        from reidctl.stages import prompt_stage
+
+        people = self.unit.dataset
+        people.make()
+        with locked(self.run.path):
+            prompt_stage.run(self.run, self.unit.whole, data=people.folder, captions=people.captions)
 
 
 @dataclass(frozen=True)
@@ -119,11 +192,11 @@ class Job:
     """What a worker does: make data, train, or train and measure.
 
     Attributes:
-        work: a dataset or a training.
+        work: a dataset, a prompt stage or a training.
         measures: what is measured of a training, study by study.
     """
 
-    work: Dataset | Unit
+    work: Dataset | Prompts | Unit
     measures: tuple[Measures, ...] = ()
 
 
@@ -137,13 +210,18 @@ class Done:
     seconds: float
 
 
+def home_of(work: Dataset | Prompts | Unit) -> Run:
+    """Return the run that a piece of work writes to."""
+    return (work.texts or work.pictures) if isinstance(work, Dataset) else work.run
+
+
 def work(job: Job) -> Done:
     """Do a job; a mistake that the user can mend becomes `error`, a bug is raised."""
     import torch
 
     # One thread each: another number gives other last bits, and results must not depend on how many run at a time.
     torch.set_num_threads(1)
-    run = job.work.run if isinstance(job.work, Unit) else (job.work.texts or job.work.pictures)
+    run = home_of(job.work)
     started = time.monotonic()
     with _logged(run.path / "log.txt"):
         try:
@@ -155,7 +233,7 @@ def work(job: Job) -> Done:
 
 
 def _do(job: Job) -> tuple[Values, ...]:
-    if isinstance(job.work, Dataset):
+    if not isinstance(job.work, Unit):
         job.work.make()
         return ()
     unit = job.work
@@ -169,7 +247,8 @@ def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Value
     """Return every measured value by its dotted name; each measurement is kept and not repeated.
 
     `t2i.mAP`, `cloth-changing.i2i.rank1` (conditions of `evaluate`), `chance.t2i.rank1`, `identity-only.t2i.mAP` and
-    `.drop` (robustness), `NAME.t2i.mAP` (elsewhere), names of `analyse`, `train.images_per_second`, `weight.LOSS`.
+    `.drop` (robustness), `NAME.t2i.mAP` (elsewhere), names of `analyse`, `train.images_per_second`, `train.seconds`,
+    `prompt.seconds`, `weight.LOSS`, `pseudo.diversity`, `task_cosine`, `alarm.collapse`, ...
     """
     seed = int(unit.recipe["seed"])
     found = _of_training(unit.run, trained)
@@ -207,8 +286,15 @@ def _of_training(run: Run, trained: Mapping[str, Any]) -> Values:
     history = tables.read_table(run.table("finetune", "history"), "history")
     last = history.groupby("name", observed=True)["value"].last()
     found = {str(name).replace("/", "."): float(value) for name, value in last.items() if "weight/" in str(name)}
+    said = ("pseudo/", "task_cosine")
+    found |= {str(name).replace("/", "."): float(value) for name, value in last.items() if str(name).startswith(said)}
     found |= {f"train.{name}": float(trained[name]) for name in ("images_per_second", "parameters", "best_epoch")}
-    return found
+    # Trainings from before they were recorded have no seconds.
+    found |= {"train.seconds": float(trained["training_seconds"])} if "training_seconds" in trained else {}
+    prompts = trained.get("prompts")
+    found |= {"prompt.seconds": float(prompts["seconds"])} if prompts else {}
+    raised = {name: rule(history) is not None for name, rule in ALARMS.items()}
+    return found | {f"alarm.{name}": float(is_on) for name, is_on in raised.items()}
 
 
 def _evaluate(unit: Unit, measures: Measures, seed: int, dataset: Dataset) -> Values:

@@ -27,6 +27,10 @@ class SynthConfig(Section):
     domain: Literal["a", "b", "both"] = Field(
         default="a", description="which of the two visual worlds; both = two datasets"
     )
+    captioned: Literal["both", "a", "b"] = Field(
+        default="both",
+        description="which datasets of domain=both have captions; the other is a set for image-to-image alone",
+    )
     variant: Literal["standard", "cloth-changing"] = Field(
         default="standard",
         description="cloth-changing: two outfits per identity; queries wear one, the gallery the other",
@@ -75,6 +79,8 @@ class SynthConfig(Section):
             raise ValueError(f"size {height}x{width} is outside 32x16 to 1024x1024 (height x width)")
         if self.train_fraction + self.val_fraction >= 1:
             raise ValueError("train_fraction + val_fraction leaves no identities for the test split")
+        if self.captioned != "both" and self.domain != "both":
+            raise ValueError("captioned names one of the two datasets of domain=both")
         if self.crossing and self.domain != "both":
             raise ValueError("crossing identities need domain=both")
         if self.crossing > int(self.people * self.train_fraction):

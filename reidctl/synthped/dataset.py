@@ -117,7 +117,7 @@ def write_person(config: SynthConfig, out: Path, domain: str, index: int) -> Row
         path = f"images/{person.dataset}/{person.number:04d}/{image_id}.png"
         _write(out / path, data)
         rows.images.append(_image_row(picture, image_id, path, hashlib.sha256(data).hexdigest()))
-        rows.captions.extend(_caption_rows(config, picture, image_id))
+        rows.captions.extend(_caption_rows(config, picture, image_id, full=config.captioned in ("both", domain)))
         rows.parts.extend(_part_rows(picture, image_id))
     return rows
 
@@ -196,13 +196,13 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _caption_rows(config: SynthConfig, picture: Rendered, image_id: str) -> list[Row]:
-    """Full captions with their phrases, then the true identity and clothing texts.
+def _caption_rows(config: SynthConfig, picture: Rendered, image_id: str, *, full: bool) -> list[Row]:
+    """Full captions with their phrases if wanted, then the true identity and clothing texts.
 
     A phrase's `caption_id` ends in `-<part>`, the part of the parts table that it names.
     """
     rows: list[Row] = []
-    for number, caption in enumerate(captions(config, picture)):
+    for number, caption in enumerate(captions(config, picture) if full else []):
         caption_id = f"{image_id}-t{number}"
         style = f"style-{caption.style}"
         rows.append(_caption_row(caption_id, image_id, "full", "human", caption.text, style_id=style))

@@ -82,6 +82,36 @@ def test_query_texts_leave_every_bit_of_the_gallery_as_it_was():
         assert list(gallery.item) == list(expected.item)
 
 
+def test_vectors_of_their_own_for_images_weigh_cosines_as_the_sum_does_where_there_is_one_vector():
+    images, texts, stored = two_people()
+    same = EmbeddingTable(stored.rows, stored.vectors.copy())
+    usual, apart = (composed(images, texts, stored, **WHERE, weight=0.3, by_image=table) for table in (stored, same))
+    assert usual.query.vectors.shape[1] == 16 and apart.query.vectors.shape[1] == 32
+    ranked = [evaluate(part).rankings[["query_id", "rank", "gallery_id"]] for part in (usual, apart)]
+    pd.testing.assert_frame_equal(*ranked)
+    # Other vectors, of another width: each cosine is one of its own space.
+    other = toy([tuple(row) for row in images.iloc[:, :5].to_numpy()], width=9, seed=5)[2]
+    found = composed(images, texts, stored, **WHERE, weight=0.3, by_image=other)
+    scale = np.hypot(0.3, 0.7) * np.sqrt(2)
+    scores = found.query.vectors.astype(float) @ found.gallery.vectors.astype(float).T
+    for row, (item, image) in enumerate(zip(found.query.item, found.query.image, strict=True)):
+        for column, name in enumerate(found.gallery.item):
+            by_image = vector(other, image) @ vector(other, name)
+            by_text = vector(stored, item) @ vector(stored, name)
+            assert scores[row, column] * scale == pytest.approx(0.3 * by_image + 0.7 * by_text, abs=1e-6)
+    for side in (found.query, found.gallery):
+        assert np.linalg.norm(side.vectors, axis=1) == pytest.approx(np.ones(len(side)), abs=1e-6)
+    # The image alone asks what it asks in image-to-image retrieval, and texts do not reach the gallery.
+    alone = composed(images, texts, stored, **WHERE, weight=1.0, by_image=other)
+    by_image = evaluate(image_to_image(images, other, **WHERE)).queries.set_index("query_id")
+    whole = evaluate(alone).queries.set_index("query_id")
+    assert whole.loc["a0-x", "average_precision"] == by_image.loc["a0", "average_precision"]
+    values = stored.vectors.copy()
+    values[stored.rows["modality"] == "text"] *= -1
+    changed = composed(images, texts, EmbeddingTable(stored.rows, values), **WHERE, weight=0.3, by_image=other)
+    assert changed.gallery.vectors.tobytes() == found.gallery.vectors.tobytes()
+
+
 @pytest.mark.parametrize("camera", [lambda name: "c0", lambda name: None, lambda name: None if name == "a0" else "c1"])
 def test_the_query_s_own_image_is_never_its_match_whether_or_not_cameras_are_known(camera):
     images, texts, stored = two_people(camera, roles=False)

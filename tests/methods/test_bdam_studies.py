@@ -12,7 +12,7 @@ from reidctl.config import merge
 from reidctl.evaluation.published import registry
 from reidctl.evaluation.study import load_study
 from reidctl.methods.base import build_method
-from reidctl.stages import finetune
+from reidctl.stages import building
 
 FOLDER = Path("pipelines/studies")
 CONDITIONS = [
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def recipe(study, name):
     content = load_study(FOLDER / f"{study}.yaml")
     condition = content.conditions[name]
-    return finetune.resolve(merge(content.recipe, condition.set), condition.method or content.method)
+    return building.resolve(merge(content.recipe, condition.set), condition.method or content.method)
 
 
 def made(study, name):

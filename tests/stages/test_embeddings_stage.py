@@ -408,9 +408,10 @@ def indexed(tmp_path, monkeypatch):
     backbone = SimpleNamespace(image_size=(64, 32), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     for module in (index, search):
         monkeypatch.setattr(module, "model_digest", lambda run: "a" * 64)
-    monkeypatch.setattr(index, "load_method", lambda folder, device: SimpleNamespace(backbone=backbone))
+    method = SimpleNamespace(backbone=backbone, tasks=("t2i",))
+    monkeypatch.setattr(index, "load_method", lambda folder, device: method)
     monkeypatch.setattr(
-        index, "embed_gallery", lambda method, corpus, **_: np.eye(len(corpus.images), dtype=np.float32)
+        index, "embed_gallery_tasks", lambda method, corpus, **_: {"t2i": np.eye(len(corpus.images), dtype=np.float32)}
     )
     index.run(run, device="cpu")
     return run

@@ -1,0 +1,235 @@
+"""What `finetune` and `prompt-stage` share: recipes, settings, starting weights, the model and its training set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from pydantic import Field
+
+from reidctl.backbones.base import Backbone
+from reidctl.backbones.statistics import check_statistics
+from reidctl.backbones.weights import build
+from reidctl.config import Section, load_recipe, merge, parse_section, recipe_names
+from reidctl.console import log
+from reidctl.data import Corpus, TrainingSet
+from reidctl.errors import UsageError
+from reidctl.methods.base import Method, MethodConfig, build_method, load_method, method_class, method_names
+from reidctl.runs import Run, digest
+from reidctl.stages.noise import degrade_captions, exchange_descriptions
+from reidctl.stages.sources import DataSettings, Source
+from reidctl.training import PromptConfig, TrainConfig
+
+
+class BackboneSettings(Section):
+    """Which towers to start from."""
+
+    spec: str
+    """`clip:<open_clip name>/<tag, hub id or path>`, `vit-bert:<hub id or path>+<hub id or path>`, `clip:tiny`, ..."""
+    image_size: tuple[int, int] | None = None
+    """(height, width) in pixels; None: the checkpoint's own."""
+    text_length: int | None = Field(None, ge=8, le=1024)
+    """Most tokens of a text; None: the checkpoint's own (77 for CLIP). Longer texts lose their end."""
+    pixel_statistics: Literal["checkpoint", "clip", "imagenet", "half"] = "checkpoint"
+    """What pixels are normalised with. They belong to the checkpoint; others are allowed and warned about."""
+    grad_checkpointing: bool = False
+    start: Path | None = None
+    """A run: its trained towers are the starting weights. `spec` and sizes must be those of that training, and whom it
+    saw counts as seen by this one."""
+
+
+def resolve(recipe: Mapping[str, Any], method: str | None) -> dict[str, Any]:
+    """Return the recipe with the method's shipped preset underneath.
+
+    `method` is a method or the name of a shipped recipe (`bdam-icme`); the recipe's own `method.name` is used when it
+    is None. Settings of the recipe win over the preset's.
+
+    Raises:
+        UsageError: no method was named, or there is none of that name.
+    """
+    named = method or dict(recipe.get("method") or {}).get("name")
+    if named is None:
+        known = ", ".join(name for name in recipe_names() if not name.endswith("quickstart"))
+        raise UsageError("No method was named.", hint=f"Use --method with one of: {known}.")
+    own = dict(recipe.get("method") or {})
+    if named in recipe_names() and (method is not None or "backbone" not in recipe):
+        preset = load_recipe(named)
+    elif named in method_names():
+        preset = {}
+    else:
+        raise UsageError(f"Unknown method `{named}`.", hint=f"One of: {', '.join(recipe_names())}.")
+    chosen = dict(preset.get("method") or {}).get("name", named)
+    if method is not None and own.get("name") not in (None, chosen, method):
+        # A recipe written for another method brings its data and training settings, not its model's.
+        recipe = {name: value for name, value in recipe.items() if name not in ("method", "backbone")}
+    merged = merge(preset, recipe)
+    merged["method"] = {**merged.get("method", {}), "name": chosen}
+    return merged
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved recipe, checked.
+
+    Attributes:
+        name: of the method.
+        method, training, prompts, towers, handling: the sections `method`, `train`, `prompt`, `backbone` and `data`.
+    """
+
+    name: str
+    method: MethodConfig
+    training: TrainConfig
+    prompts: PromptConfig
+    towers: BackboneSettings
+    handling: DataSettings
+
+
+def check(recipe: Mapping[str, Any]) -> Settings:
+    """Return the settings of a resolved recipe, or refuse what no training takes, before anything is loaded.
+
+    Raises:
+        UsageError: an unknown setting or a wrong value in `method`, `backbone`, `train`, `prompt` or `data`.
+    """
+    settings = dict(recipe["method"])
+    name = settings.pop("name")
+    return Settings(
+        name,
+        parse_section(method_class(name).Config, settings, "method"),
+        parse_section(TrainConfig, recipe.get("train"), "train"),
+        parse_section(PromptConfig, recipe.get("prompt"), "prompt"),
+        parse_section(BackboneSettings, recipe.get("backbone"), "backbone"),
+        parse_section(DataSettings, recipe.get("data"), "data"),
+    )
+
+
+def what_matters(training: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a training leaves; later ones only where they are used."""
+    unused = set() if training.keep_epochs else {"keep_epochs"}
+    unused |= {"lr_prompt"} if training.lr_prompt is None else set()
+    return training.model_dump(exclude={"device", "workers", "cache_mb", "log_every", "cache", "use", *unused})
+
+
+def where_used(handling: DataSettings) -> dict[str, Any]:
+    """The settings of `data` that decide what a training leaves, where they are used at all."""
+    used: dict[str, Any] = {}
+    if handling.description_noise:
+        used["description_noise"] = handling.description_noise
+    if handling.caption_noise:
+        used |= {"caption_noise": handling.caption_noise, "caption_noise_kind": handling.caption_noise_kind}
+    if handling.part != "all":
+        used["part"] = handling.part
+    return used
+
+
+def corpus_of(source: Source, handling: DataSettings, seed: int) -> Corpus:
+    """Return the images and texts, with the texts exchanged that the settings ask for."""
+    corpus = exchange_descriptions(source.corpus(), handling.description_noise, seed=seed)
+    return degrade_captions(corpus, handling.caption_noise_kind, handling.caption_noise, seed=seed)
+
+
+def build_model(train: Corpus, checked: Settings, training: TrainConfig, seed: int) -> Method:
+    """Return the untrained method for the people of a training split, on its starting weights."""
+    towers = checked.towers
+    # The starting weights depend on the seed alone, not on what ran before in this process.
+    torch.manual_seed(seed)
+    backbone = _starting_towers(towers)
+    backbone.set_grad_checkpointing(towers.grad_checkpointing)
+    _prepare_images(backbone, towers, training)
+    model = build_method(checked.name, checked.method.model_dump(), backbone, train.images["person_id"].nunique())
+    _check_sampler(model, training.sampler)
+    return model
+
+
+def training_set(train: Corpus, model: Method, training: TrainConfig, seed: int) -> TrainingSet:
+    """Return the samples that a method is trained on."""
+    backbone = model.backbone
+    samples = TrainingSet(
+        train,
+        size=backbone.image_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        tokenize=backbone.tokenize,
+        texts=model.train_texts,
+        target=model.target_text,
+        augment=training.augment,
+        interpolation=backbone.interpolation,
+        seed=seed,
+        cache_bytes=training.cache_mb << 20,
+        shuffle_labels=training.shuffle_labels,
+        caption_free=training.sampler == "mixed",
+    )
+    cut = backbone.truncation_rate([str(text) for text in train.captions["text"]])
+    log.info(
+        f"{model.name}: {len(samples)} samples of {len(samples.persons)} people, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {100 * cut:.1f} % of captions are cut "
+        f"at {backbone.context_length} tokens"
+    )
+    return samples
+
+
+def start_digest(towers: BackboneSettings) -> dict[str, str]:
+    """Return the digest of the starting run's weights, by the name `start`; empty without one."""
+    return {} if towers.start is None else {"start": digest(start_folder(towers.start) / "model.safetensors")}
+
+
+def start_path(towers: BackboneSettings) -> str | None:
+    """Where the starting run lies, for records."""
+    return str(towers.start.resolve()) if towers.start else None
+
+
+def start_folder(start: Path) -> Path:
+    """Return where a starting run keeps its model.
+
+    Raises:
+        DataError: it has no finished training.
+    """
+    run = Run(start)
+    run.require("finetune")
+    return run.stage_dir("finetune")
+
+
+def _starting_towers(towers: BackboneSettings) -> Backbone:
+    """The towers that `spec` names, with its weights or with those that the starting run learnt.
+
+    Raises:
+        UsageError: the starting run has other towers or sizes than this one asks for.
+    """
+    if towers.start is None:
+        return build(towers.spec, image_size=towers.image_size, text_length=towers.text_length)
+    backbone = load_method(start_folder(towers.start)).backbone
+    for name, asked, found in (
+        ("spec", towers.spec, backbone.config.spec),
+        ("image_size", towers.image_size, backbone.image_size),
+        ("text_length", towers.text_length, backbone.context_length),
+    ):
+        if asked is not None and asked != found:
+            raise UsageError(
+                f"`backbone.start` {towers.start} was trained with backbone.{name} {found}, this recipe has {asked}.",
+                hint="Use the same, or another run to start from.",
+            )
+    return backbone
+
+
+def last_value(history: pd.DataFrame, name: str) -> float | None:
+    """Return the last value of that name in a history, rounded; None if there is none."""
+    values = history.loc[history["name"] == name, "value"]
+    return round(float(values.iloc[-1]), 1) if len(values) else None
+
+
+def _prepare_images(backbone: Backbone, towers: BackboneSettings, training: TrainConfig) -> None:
+    """One preprocessing for training, index and search, whatever was chosen: it is saved with the model."""
+    mean, std, warning = check_statistics(backbone.mean, backbone.std, towers.pixel_statistics)
+    if warning:
+        log.warning(warning)
+    backbone.prepare_images(mean=mean, std=std, interpolation=training.augment.interpolation)
+
+
+def _check_sampler(model: Method, sampler: str) -> None:
+    if sampler == "mixed" and not model.learns_without_text:
+        able = [name for name in method_names() if method_class(name).learns_without_text]
+        raise UsageError(
+            f"`{model.name}` learns nothing from images without a caption, so `train.sampler: mixed` is not for it.",
+            hint=f"Methods that do: {', '.join(able)}. Or give the images captions.",
+        )
