@@ -176,15 +176,17 @@ def _show(column: Column, value: float) -> str:
 def _printed(study: Study, paper: str, table: str) -> list[tuple[str, dict[str, str]]]:
     """Columns of printed numbers: heading and cell by condition; only metrics that the study shows too."""
     entries = [entry for entry in registry() if entry.paper == paper and entry.table == table]
-    shown = {column.measure.rpartition(".")[2] for column in study.table}
-    metrics = [metric for metric in dict.fromkeys(entry.metric for entry in entries) if metric in shown]
+    shown = {(part[-2] if len(part) > 1 else "", part[-1]) for part in (c.measure.split(".") for c in study.table)}
+    several = len({entry.direction for entry in entries}) > 1
+    kinds = [(entry.direction, entry.metric) for entry in entries if (entry.direction, entry.metric) in shown]
     found = []
-    for metric in metrics:
+    for direction, metric in dict.fromkeys(kinds):
+        mine = [entry for entry in entries if (entry.direction, entry.metric) == (direction, metric)]
         cells = {
-            name: _printed_cell(entries, condition.printed_row(paper), metric)
+            name: _printed_cell(mine, condition.printed_row(paper), metric)
             for name, condition in study.conditions.items()
         }
-        found.append((f"{paper} {table}: {metric}", cells))
+        found.append((f"{paper} {table}: {f'{direction} ' if several else ''}{metric}", cells))
     return found
 
 
@@ -198,7 +200,7 @@ def _papers(study: Study) -> list[str]:
     found = []
     for paper, table in study.published.items():
         entries = [entry for entry in registry() if entry.paper == paper and entry.table == table]
-        for entry in entries[:1]:
+        for entry in {entry.direction: entry for entry in reversed(entries)}.values():
             where = f"{entry.dataset}, {DIRECTIONS.get(entry.direction, entry.direction)}"
             found.append(f"{paper} {table}: {entry.about}, {where}, as printed")
         if not any(condition.printed_row(paper) for condition in study.conditions.values()):
