@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -122,6 +122,12 @@ class PromptConfig(TrainConfig):
     are then not augmented. `off` computes it at every step, with augmentation."""
     use: Path | None = None
     """`finetune` takes the prompts of this run instead of its own."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
 
 
 @dataclass(frozen=True)

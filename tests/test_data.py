@@ -9,7 +9,7 @@ from PIL import Image
 from reidctl import tables
 from reidctl.augment import AugmentConfig
 from reidctl.batch import Tokens
-from reidctl.data import TokenTable, TrainingSet, build_corpus
+from reidctl.data import TokenTable, TrainingSet, build_corpus, training_part
 from reidctl.errors import DataError
 from reidctl.pixels import PixelStore, normalise, read_pixels
 
@@ -297,6 +297,24 @@ def test_token_rows_are_trimmed_to_the_longest_of_the_batch():
 def test_splits_that_do_not_exist_are_named(blocks):
     with pytest.raises(DataError, match="no `val` split"):
         corpus_of(blocks).of_split("val")
+
+
+@pytest.mark.covers(16)
+def test_a_training_may_see_the_captioned_images_alone_or_those_without(blocks):
+    corpus = corpus_of(blocks)
+    without_captions(blocks, range(5, 8))
+    train = corpus_of(blocks).of_split("train")
+    parts = {part: training_part(train, part) for part in ("all", "captioned", "caption-free")}
+    assert parts["all"] is train
+    names = {part: list(found.images["image_id"]) for part, found in parts.items()}
+    assert names["captioned"] == [name for name in names["all"] if int(name[1 : name.index("-")]) < 5]
+    assert names["caption-free"] == [name for name in names["all"] if name not in names["captioned"]]
+    assert len(parts["captioned"].captions) == len(train.captions) and not len(parts["caption-free"].captions)
+    owners = parts["captioned"].images["image_id"].iloc[parts["captioned"].captions["row"]]
+    assert list(owners) == list(parts["captioned"].captions["image_id"])
+    assert parts["caption-free"].identity == train.identity[15:]
+    with pytest.raises(DataError, match="no caption-free images"):
+        training_part(corpus.of_split("train"), "caption-free")
 
 
 @pytest.mark.covers(16)

@@ -37,6 +37,10 @@ class Tokenizer(ABC):
     def _pieces(self, text: str) -> list[tuple[int, Span]]:
         """All token ids of `text` without special tokens, each with its characters."""
 
+    @abstractmethod
+    def word(self, token: int) -> str:
+        """Return what the token of an id reads; pieces inside a word as their vocabulary writes them."""
+
     def encode(self, text: str) -> list[int]:
         """Return all token ids of `text`, without special tokens and without truncation."""
         ids = self._known.get(text)
@@ -87,6 +91,10 @@ class ClipTokenizer(Tokenizer):
         # CLIP has no mask token. IRRA gives the id of the last, very rare merge to it; so do we.
         self.mask_id = self.start_id - 1
         self.word_ids = range(1, self.mask_id)
+
+    def word(self, token: int) -> str:
+        # Pieces of white space or control characters read as their vocabulary writes them.
+        return str(_clip_bpe().decode([token])).strip() or str(_clip_bpe().decoder[token])
 
     def _pieces(self, text: str) -> list[tuple[int, Span]]:
         bpe = _clip_bpe()
@@ -163,6 +171,9 @@ class WordPieceTokenizer(Tokenizer):
         fast.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
         fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return fast
+
+    def word(self, token: int) -> str:
+        return str(self._fast.id_to_token(token))
 
     def _pieces(self, text: str) -> list[tuple[int, Span]]:
         encoding = self._fast.encode(text, add_special_tokens=False)

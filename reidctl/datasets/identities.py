@@ -26,11 +26,13 @@ _MARKET_IN_CUHK = re.compile(r"cuhk-pedes:Market/(\d{4})[^/]*$")
 _MSMT_NAME = re.compile(r"(?:.*[:/])?(\d{4}_\d{3}_\d{2}_\w+?_\d+_\d+(?:_\w+)?)\.\w+$")
 _MSMT_SETS = ("msmt17:", "icfg-pedes:", "rstpreid:")
 _MAX_USER_FILE = 256 << 20
+_RENDERED = "synthped-"
+_BODY = ("gender", "age", "build", "stature", "skin", "hair_length", "hair_colour", "beard")
 
 
 @dataclass(frozen=True, order=True)
 class Link:
-    """Two `person_id`s that are one person, and how we know (`file-name`, `same-image` or `user`)."""
+    """Two `person_id`s that are one person, and how we know (`file-name`, `same-image`, `rendered` or `user`)."""
 
     first: str
     second: str
@@ -44,7 +46,7 @@ def find_links(images: pd.DataFrame) -> list[Link]:
         images: rows of the `images` table of all datasets together.
     """
     people = images[~images["person_id"].isin(DISTRACTORS)]
-    found = {*_market_in_cuhk(people), *_msmt_names(people), *_equal_files(people)}
+    found = {*_market_in_cuhk(people), *_msmt_names(people), *_equal_files(people), *_rendered(people)}
     best: dict[tuple[str, str], str] = {}
     for link in sorted(found):
         # `file-name` sorts before `same-image`: the simpler reason is the one that is reported.
@@ -76,6 +78,17 @@ def _msmt_names(images: pd.DataFrame) -> Iterator[Link]:
 
 def _equal_files(images: pd.DataFrame) -> Iterator[Link]:
     yield from _links_by(images[images["sha256"] != ""], "sha256", "same-image")
+
+
+def _rendered(images: pd.DataFrame) -> Iterator[Link]:
+    """Rendered people whose number and body are the same; the number alone could come from two renderings."""
+    mine = images[images["dataset"].astype(str).str.startswith(_RENDERED)]
+    if not len(mine) or "attributes" not in mine:
+        return
+    known = [row if isinstance(row, dict) else {} for row in mine["attributes"]]
+    body = ["/".join([row.get("true_person", ""), *(str(row.get(part)) for part in _BODY)]) for row in known]
+    frame = mine.assign(body=body)[np.asarray([bool(row.get("true_person")) for row in known])]
+    yield from _links_by(frame, "body", "rendered")
 
 
 def _links_by(frame: pd.DataFrame, column: str, rule: str) -> Iterator[Link]:
@@ -248,8 +261,8 @@ def unify(images: pd.DataFrame, links: Sequence[Link], others: pd.DataFrame | No
 
 
 def _rules(links: Sequence[Link]) -> Mapping[str, str]:
-    """The strongest rule of every linked person: the user's word, then names, then equal files."""
-    strength = {"user": 0, "file-name": 1, "same-image": 2}
+    """The strongest rule of every linked person: the user's word, the renderer's, then names, then equal files."""
+    strength = {"user": 0, "rendered": 1, "file-name": 2, "same-image": 3}
     rules: dict[str, str] = {}
     for link in sorted(links, key=lambda item: strength[item.rule]):
         rules.setdefault(link.first, link.rule)

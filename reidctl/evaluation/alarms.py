@@ -33,11 +33,14 @@ def alarms(history: pd.DataFrame) -> list[str]:
 def interference(history: pd.DataFrame) -> str | None:
     """Say whether the two tasks hurt each other: opposed gradients, or one validation curve falls under the other.
 
-    Fires where the mean `task_cosine` of the last epoch is below -0.2, or where one task ends 15 % or more below its
-    best validation rank-1 while the other ends within 10 % of its own.
+    Fires where the mean `task_cosine` of the last epoch is below -0.2, or where it is below 0 and one task ends 15 % or
+    more below its best validation rank-1 while the other ends within 10 % of its own. A falling curve alone is
+    overfitting.
     """
     cosine = _of_epochs(history, "task_cosine")
-    if len(cosine) and cosine.iloc[-1] < COSINE:
+    if not len(cosine) or cosine.iloc[-1] >= 0:
+        return None
+    if cosine.iloc[-1] < COSINE:
         return (
             f"Task interference: the gradients of the two tasks at the shared weight oppose each other (mean cosine "
             f"{cosine.iloc[-1]:.2f} in the last epoch)."

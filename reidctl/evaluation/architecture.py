@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from reidctl.backbones.base import TextTower
 from reidctl.batch import Batch
 from reidctl.evaluation.efficiency import example_batch, graph_leaves
 from reidctl.layers.decoupling import Decoupling
@@ -147,10 +148,12 @@ class _Trace:
         self._roles: dict[int, str] = {}
         for name, module in model.named_modules():
             module.register_forward_hook(self._note_shape(name))
-        opened = {name: module for name, module in model.named_children() if _opens(name, module)}
+        # A second text tower is one box, like the backbone's.
+        closed = {"backbone", *(name for name, module in model.named_children() if isinstance(module, TextTower))}
+        opened = {n: m for n, m in model.named_children() if _opens(n, m) and n not in closed - {"backbone"}}
         for part in parts:
             top = part.name.split(".")[0]
-            if part.whole and top != "backbone":
+            if part.whole and top not in closed:
                 self._watch(part, group=top if top in opened else "")
         for name, module in opened.items():
             if name != "backbone":
@@ -253,6 +256,27 @@ class _Trace:
 
         # On the copy, an attribute of the object hides the method of its class.
         vars(backbone).update(encode_image=image, embed_tokens=words, encode_embedded=text)
+        for name, module in self.model.named_children():
+            if isinstance(module, TextTower):
+                self._watch_prompts(name, module)
+
+    def _watch_prompts(self, name: str, tower: TextTower) -> None:
+        """A second text tower, which reads prompts: its input is what the prompts are made of."""
+        encode = tower.encode_embedded
+        tokens = list(self.model.named_parameters(recurse=False))
+        size = f"{type(tower).__name__}, {sum(p.numel() for p in tower.parameters()):,}"
+
+        def prompts(embeddings: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.nodes.setdefault(name, _Node(name, "module", shape=size))
+            ends = graph_leaves(embeddings)
+            for own, parameter in tokens:
+                if id(parameter) in ends:
+                    self.nodes.setdefault(own, _Node(own, "module", shape=f"Parameter, {parameter.numel():,}"))
+                    self._join(own, name)
+            self._link(embeddings, name)
+            return self._replace(encode(embeddings, *args, **kwargs), lambda field: f"prompt.{field}", "", maker=name)
+
+        vars(tower).update(encode_embedded=prompts)
 
     def _note_shape(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

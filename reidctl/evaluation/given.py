@@ -110,7 +110,7 @@ def _other_task(source: Source, task: object) -> list[str]:
     if task != "t2i" or not ((source.rows["role"] == "query") & (source.rows["modality"] == "image")).any():
         return []
     return [
-        f"{source.name} holds the vectors that its model compares with texts. It compares images with images by others: "
+        f"{source.name} holds the vectors that its model compares with texts; images it compares by others: "
         "measure the `embeddings_i2i.parquet` of its index instead."
     ]
 

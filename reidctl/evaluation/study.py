@@ -13,7 +13,10 @@ from reidctl.errors import UsageError
 from reidctl.evaluation.claims import Claim
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-ANALYSES = ("probes", "dependence", "clones", "tsne", "gates", "efficiency", "architecture")
+ANALYSES = (
+    *("probes", "dependence", "clones", "tsne", "gates", "efficiency", "architecture"),
+    *("attention", "cam", "pseudo", "words", "alarms"),
+)
 
 
 class Measures(Section):

@@ -7,7 +7,7 @@ imports nothing.
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -306,8 +306,12 @@ class Method(nn.Module, ABC):
             patches = functional.normalize(self.backbone.encode_image(batch.require("image")).patches, dim=-1)
             return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
 
-    def _gradcam(self, batch: Batch) -> Tensor:
-        """Gradient x activation at the input of the last block, patch tokens only, shape (B, N)."""
+    def _gradcam(self, batch: Batch, score: Callable[[], Tensor] | None = None) -> Tensor:
+        """Gradient x activation at the input of the last block, patch tokens only, shape (B, N).
+
+        The gradient is of the scalar `score()`, which must pass the images of the batch through the image tower once;
+        default: the sum of cos(image, text).
+        """
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -317,9 +321,12 @@ class Method(nn.Module, ABC):
         handle = self.backbone.image.last_norm.register_forward_hook(keep)
         try:
             with torch.enable_grad():
-                with torch.no_grad():
-                    text = self.embed_texts(batch)
-                similarity = (self.embed_images(batch) * text).sum()
+                if score is None:
+                    with torch.no_grad():
+                        text = self.embed_texts(batch)
+                    similarity = (self.embed_images(batch) * text).sum()
+                else:
+                    similarity = score()
                 grad = torch.autograd.grad(similarity, kept[0])[0]
         finally:
             handle.remove()

@@ -618,6 +618,28 @@ class Hpl(Method):
             found["pseudo"] = self.pseudo_image(seen.tokens).flatten(1).float()
         return found
 
+    def token_maps(self, batch: Batch, partner: Tensor) -> dict[Task, Tensor]:
+        """Return the Grad-CAM maps of the two class features, each (B, h, w), in [0, 1] per image; see `explain`.
+
+        `t2i` follows cos(v_t2i, t_eos of the image's text), `i2i` cos(`i2i_feature`, that of another image). An image
+        that is its own partner has no gradient: nothing is nearer to it than itself.
+
+        Args:
+            batch: B image-text pairs.
+            partner: for each image another one of the person, normalised, (B, 3, H, W).
+        """
+        with torch.no_grad():
+            other = unit(self._i2i(self.split(self.see(partner))))
+
+        def score() -> Tensor:
+            return (unit(self._i2i(self.split(self.see(batch.require("image"))))) * other).sum()
+
+        found: dict[Task, Tensor] = {"t2i": self._gradcam(batch), "i2i": self._gradcam(batch, score)}
+        return {
+            task: (value / value.amax(dim=1, keepdim=True).clamp_min(1e-12)).reshape(len(batch), *self.backbone.grid)
+            for task, value in found.items()
+        }
+
     # What the training says about itself
 
     def gradient_norms(self, losses: Mapping[str, Tensor]) -> dict[str, float]:

@@ -11,8 +11,9 @@ from reidctl import tables
 from reidctl.console import log
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
-from reidctl.runs import Run
+from reidctl.runs import Run, digest
 from reidctl.stages import analyse_parts as parts
+from reidctl.stages import analyse_prompts as prompts
 from reidctl.stages.analyse_parts import Found, Material, NotApplicable
 from reidctl.stages.features import part_of, whole_families
 from reidctl.stages.index import model_digest, training_digest
@@ -31,11 +32,16 @@ ANALYSES: dict[str, Analysis] = {
     "tsne": parts.tsne,
     "efficiency": parts.efficiency,
     "architecture": parts.architecture,
+    "attention": prompts.attention,
+    "cam": prompts.cam,
+    "pseudo": prompts.pseudo,
+    "words": prompts.words,
+    "alarms": prompts.alarms,
 }
 """By name. Another analysis is another entry: it adds rows, notes and figures to `Found`, or raises `NotApplicable`."""
 DEFAULT = tuple(name for name in ANALYSES if name != "efficiency")
 """What is done without `--what`: all but timings, which differ from run to run."""
-_PLAIN = {"probes": "accuracy", "clones": "i2i", "gates": "mean", "tsne": "silhouette"}
+_PLAIN = {"probes": "accuracy", "clones": "i2i", "gates": "mean", "tsne": "silhouette", "alarms": "raised"}
 """The metric of each analysis that the names of its numbers leave out."""
 _STALE = ("*.png", "*.svg", "*.csv", "*.json", "*.parquet", "*.md")
 
@@ -58,10 +64,10 @@ def run(
 ) -> dict[str, Any]:
     """Analyse the features of the run's model on the images of a split.
 
-    Writes the table `analysis` and, where they apply, `probes`, `clones`, `gates` and `tsne` as PNG, SVG and CSV,
-    `gates.json` and `architecture.md`. The record's `metrics` holds numbers, or `{value, low, high, control,
-    control_high, chance, p_value}`, whichever there are, by `ANALYSIS.FEATURE[.TARGET][.METRIC]`, such as
-    `probes.identity.upper_colour`.
+    Writes the table `analysis` and, where they apply, `probes`, `clones`, `gates`, `tsne`, `cam` and `pseudo` as PNG,
+    SVG and CSV, `words.csv`, `gates.json` and `architecture.md`. The record's `metrics` holds numbers, or `{value, low,
+    high, control, control_high, chance, p_value}`, whichever there are, by `ANALYSIS.FEATURE[.TARGET][.METRIC]`, such
+    as `probes.identity.upper_colour`.
 
     Args:
         run: holds the trained model; where the stage writes.
@@ -101,6 +107,8 @@ def run(
         },
     }
     inputs = source.digests()
+    if source.parts.is_file() and set(asked) & set(prompts.READ_PARTS):
+        inputs["parts"] = digest(source.parts)
     current = None if force else run.up_to_date(STAGE, settings, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}

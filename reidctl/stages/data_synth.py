@@ -44,7 +44,7 @@ def run(
     config = parse_section(SynthConfig, {"seed": recipe.get("seed", 0), **recipe.get("synth", {})}, "synth")
     writers = {name: writer(name) for name in sorted({name.replace("_", "-") for name in layouts})}
     # Only where it is used: datasets from before it existed stay up to date.
-    unused = {"captioned"} if config.captioned == "both" else set()
+    unused = {"captioned"} if config.captioned in ("both", config.domain) else set()
     settings = {"synth": config.model_dump(mode="json", exclude=unused)}
     current = None if force else run.up_to_date(STAGE, settings, {})
     if current is not None:

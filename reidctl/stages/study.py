@@ -36,10 +36,9 @@ Place = tuple[str, int]
 """Condition and seed."""
 
 # Folders of the trainings and of a run's own stages: a study may share a run directory with them.
-_RESERVED = frozenset(
-    "units people texts combined prompts data caption prompt-stage finetune index evaluate robustness against seeds "
-    "matrix epochs interpret analyse report".split()
-)
+_RESERVED = frozenset({"units", "people", "texts", "combined", "prompts", "data", "caption", "prompt-stage", "finetune"}
+                      | {"index", "evaluate", "robustness", "against", "seeds", "matrix", "epochs", "interpret"}
+                      | {"analyse", "report"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def run(
     """Run studies together: equal trainings are done once, all of them in parallel.
 
     Args:
-        run: where results (`<study>/`), trainings (`units/`) and data (`people/`, `texts/`) go.
+        run: where results (`<study>/`), trainings (`units/`) and data (`people/`, ...) go.
         files: study files, see `evaluation.study`.
         seeds: instead of those of the files.
         jobs: processes; default: one per core. Each computes with one thread, so results do not depend on it.
@@ -157,7 +156,7 @@ def _train(wanted: Sequence[Job], workers: int) -> Measured:
     """
     units = [job.work for job in wanted if isinstance(job.work, Unit)]
     starts = {unit.start.name: unit.start for unit in units if unit.start is not None}
-    datasets = {(it.texts or it.pictures).path: it for it in (unit.dataset for unit in [*starts.values(), *units])}
+    datasets = {home_of(it).path: it for it in (unit.dataset for unit in [*starts.values(), *units])}
     stages = (
         ("data", "datasets", [Job(dataset) for dataset in datasets.values()]),
         ("starting weights", "trainings", [Job(unit) for unit in starts.values()]),

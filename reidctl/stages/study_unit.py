@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from reidctl import console, tables
+from reidctl.config import parse_section
 from reidctl.errors import ReidctlError
 from reidctl.evaluation.alarms import ALARMS
 from reidctl.evaluation.study import Measures
@@ -23,6 +24,9 @@ from reidctl.runs import Run, fingerprint
 
 _FORMAT = 1
 """Of the stored values: a change of what a name means gets another number, and is then measured again."""
+
+_JOINING = ("identity_map", "purge", "leak_check")
+"""Settings of the section `data` that decide how two rendered datasets become one."""
 
 Values = dict[str, float]
 Recipe = Mapping[str, Any]
@@ -34,7 +38,7 @@ class Dataset:
 
     Attributes:
         home: of the study's runs.
-        recipe: sections `synth`, `caption` and `seed`.
+        recipe: sections `synth`, `caption`, `seed` and, for two datasets, `data`.
     """
 
     home: Path
@@ -51,15 +55,16 @@ class Dataset:
         """Where the identity and clothing texts are; None if none are asked for."""
         if "caption" not in self.recipe:
             return None
-        facts = {name: self.recipe.get(name) for name in ("synth", "seed", "caption")}
+        facts = {name: self.recipe.get(name) for name in ("synth", "seed", "caption")} | _joining(self.recipe)
         return Run(self.home / "texts" / fingerprint(facts, {})[:12])
 
     @property
     def both(self) -> Run | None:
         """Where the two datasets of `synth.domain: both` are one, purged of each other's test people; else None."""
-        if dict(self.recipe.get("synth") or {}).get("domain") != "both":
+        if not _two(self.recipe):
             return None
-        return Run(self.home / "combined" / self.pictures.path.name)
+        facts = {name: self.recipe.get(name) for name in ("synth", "seed")} | _joining(self.recipe)
+        return Run(self.home / "combined" / fingerprint(facts, {})[:12])
 
     @property
     def folder(self) -> Path:
@@ -76,16 +81,31 @@ class Dataset:
         from reidctl.stages import caption, data_combine, data_synth
         from reidctl.stages.sources import DataSettings
 
+        joining = parse_section(DataSettings, _joining(self.recipe).get("data"), "data")
         with locked(self.pictures.path):
             data_synth.run(self.pictures, self.recipe, workers=1)
         if self.both is not None:
             with locked(self.both.path):
-                who = self.both.path / "who.csv"
-                tables.write_text(who, _who_is_who(self.pictures))
-                data_combine.run(self.both, [self.pictures.path], DataSettings.model_validate({"identity_map": who}))
+                if joining.identity_map is None:
+                    who = self.both.path / "who.csv"
+                    tables.write_text(who, _who_is_who(self.pictures))
+                    joining = joining.replace(identity_map=who)
+                data_combine.run(self.both, [self.pictures.path], joining)
         if self.texts is not None:
             with locked(self.texts.path):
                 caption.run(self.texts, self.recipe, data=self.folder)
+
+
+def _two(recipe: Recipe) -> bool:
+    """Whether a recipe asks for people of two datasets."""
+    return dict(recipe.get("synth") or {}).get("domain") == "both"
+
+
+def _joining(recipe: Recipe) -> dict[str, Any]:
+    """The section `data` as far as it decides how two datasets become one; empty if it says nothing of it."""
+    given = dict(recipe.get("data") or {})
+    asked = {name: given[name] for name in _JOINING if name in given}
+    return {"data": asked} if asked and _two(recipe) else {}
 
 
 def _who_is_who(rendered: Run) -> str:
@@ -114,7 +134,8 @@ class Unit:
     @property
     def dataset(self) -> Dataset:
         """The people it is trained, validated and tested on."""
-        return Dataset(self.home, {k: v for k, v in self.recipe.items() if k in ("synth", "caption", "seed")})
+        people = {name: part for name, part in self.recipe.items() if name in ("synth", "caption", "seed")}
+        return Dataset(self.home, people | _joining(self.recipe))
 
     @property
     def name(self) -> str:
@@ -212,7 +233,7 @@ class Done:
 
 def home_of(work: Dataset | Prompts | Unit) -> Run:
     """Return the run that a piece of work writes to."""
-    return (work.texts or work.pictures) if isinstance(work, Dataset) else work.run
+    return (work.texts or work.both or work.pictures) if isinstance(work, Dataset) else work.run
 
 
 def work(job: Job) -> Done:
@@ -309,15 +330,27 @@ def _evaluate(unit: Unit, measures: Measures, seed: int, dataset: Dataset) -> Va
         captions=dataset.captions,
     )
     shown = [facts for facts in record["tables"].values() if not facts["about"]]
-    several = len({facts["dataset"] for facts in shown}) > 1
+    every = {facts["dataset"] for facts in shown}
     found: Values = {}
     for facts in shown:
-        where = f"{facts['dataset']}." if several else ""
-        for condition, metrics in facts["rows"].items():
-            prefix = "" if condition == "standard" else f"{condition}."
-            for metric, (value, _, _) in metrics.items():
-                found[f"{where}{prefix}{facts['direction']}.{metric}"] = float(value)
+        having = {other["dataset"] for other in shown if other["direction"] == facts["direction"]}
+        for where in _places(facts["dataset"], every, having):
+            for condition, metrics in facts["rows"].items():
+                prefix = "" if condition == "standard" else f"{condition}."
+                for metric, (value, _, _) in metrics.items():
+                    found[f"{where}{prefix}{facts['direction']}.{metric}"] = float(value)
     return found
+
+
+def _places(dataset: str, every: Collection[str], having: Collection[str]) -> list[str]:
+    """What stands before the names of a dataset's values: nothing, unless several datasets were measured.
+
+    Then it is the dataset; values that only one of them has, as of text queries where one has captions, keep their
+    plain names too.
+    """
+    if len(every) == 1:
+        return [""]
+    return [f"{dataset}.", *([""] if len(having) == 1 else [])]
 
 
 def _robustness(unit: Unit, measures: Measures, seed: int) -> Values:
@@ -326,13 +359,16 @@ def _robustness(unit: Unit, measures: Measures, seed: int) -> Values:
     people = unit.dataset
     robustness.run(unit.run, settings=measures.settings, seed=seed, data=people.folder, captions=people.captions)
     frame = tables.read_table(unit.run.table("robustness", "robustness"), "robustness")
+    every = set(frame["dataset"])
     found: Values = {}
-    for (setting, direction, metric), rows in frame.groupby(["setting", "direction", "metric"], observed=True):
-        # Several draws of a setting have a row for their mean, seed -1.
-        row = rows[rows["seed"] == rows["seed"].min()].iloc[0]
-        name = f"{setting}.{direction}.{metric}"
-        parts = {name: row["value"], f"{name}.drop": row["drop"], f"{name}.ceiling": row["ceiling"]}
-        found |= {key: float(value) for key, value in parts.items() if not pd.isna(value)}
+    for (setting, direction, metric), measured in frame.groupby(["setting", "direction", "metric"], observed=True):
+        for dataset, rows in measured.groupby("dataset", observed=True):
+            # Several draws of a setting have a row for their mean, seed -1.
+            row = rows[rows["seed"] == rows["seed"].min()].iloc[0]
+            for where in _places(str(dataset), every, set(measured["dataset"])):
+                name = f"{where}{setting}.{direction}.{metric}"
+                parts = {name: row["value"], f"{name}.drop": row["drop"], f"{name}.ceiling": row["ceiling"]}
+                found |= {key: float(value) for key, value in parts.items() if not pd.isna(value)}
     return found
 
 

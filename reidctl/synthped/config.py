@@ -29,7 +29,7 @@ class SynthConfig(Section):
     )
     captioned: Literal["both", "a", "b"] = Field(
         default="both",
-        description="which datasets of domain=both have captions; the other is a set for image-to-image alone",
+        description="which datasets of domain=both have captions; the other is for image-to-image alone",
     )
     variant: Literal["standard", "cloth-changing"] = Field(
         default="standard",
@@ -79,8 +79,8 @@ class SynthConfig(Section):
             raise ValueError(f"size {height}x{width} is outside 32x16 to 1024x1024 (height x width)")
         if self.train_fraction + self.val_fraction >= 1:
             raise ValueError("train_fraction + val_fraction leaves no identities for the test split")
-        if self.captioned != "both" and self.domain != "both":
-            raise ValueError("captioned names one of the two datasets of domain=both")
+        if self.domain != "both" and self.captioned not in ("both", self.domain):
+            raise ValueError(f"captioned={self.captioned} leaves the only dataset, {self.domain}, without captions")
         if self.crossing and self.domain != "both":
             raise ValueError("crossing identities need domain=both")
         if self.crossing > int(self.people * self.train_fraction):

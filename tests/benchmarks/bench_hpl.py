@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_hpl.py stage1 [--images 50000] [--steps 3] [--threads N] [--size vit-b-16|tiny]
     python tests/benchmarks/bench_hpl.py stage2 [--pairs 64] [--bare 64] [--repeats 3] [--threads N] [--people 11003]
 
-`stage1` writes a store of features of that many images (random numbers, as large as real ones: 194 tokens of 512 numbers
+`stage1` writes a store of features of that many images (random numbers, as large as real: 194 tokens of 512 numbers
 in half precision are 199 kB per image) and measures, per step of 64 pairs and 64 images: reading the rows a step needs,
 in random order; the inversion networks; the prompt encoder; the whole step. The question is whether a step waits for
 data. With --images 50000 at ViT-B/16 the store takes 10 GB of disk.

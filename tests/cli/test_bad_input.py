@@ -254,6 +254,8 @@ def test_a_size_that_is_none_is_a_usage_error(tmp_path, size):
         ("--clone-pairs", "nan"),
         ("--clone-pairs", "inf"),
         ("--crossing", "5"),
+        ("--captioned", "b"),
+        ("--captioned", "none", "--domain", "both"),
         ("--workers", "0"),
         ("--workers", "-1"),
         ("--seed", "-1"),

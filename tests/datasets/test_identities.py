@@ -4,9 +4,11 @@ import json
 
 import pandas as pd
 import pytest
+from cli.commandline import cli
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reidctl import tables
 from reidctl.datasets.identities import (
     Link,
     find_links,
@@ -204,3 +206,29 @@ def test_after_purging_no_person_and_no_file_is_in_two_splits(rows):
     for column in ("person_id", "sha256"):
         if len(kept):
             assert (kept.groupby(column)["split"].nunique() == 1).all()
+
+
+@pytest.mark.covers(8, 97)
+def test_rendered_people_who_are_in_both_worlds_are_linked_and_leave_training(tmp_path):
+    rendered = ("--people", 20, "--images-per-person", 3, "--size", "64x32", "--domain", "both", "--workers", 1)
+    made = cli("data", "synth", *rendered, "--crossing", 6, "--captioned", "a", "--run", tmp_path / "two")
+    assert made.code == 0, made.err
+    record = cli("data", "combine", tmp_path / "two", "--run", tmp_path / "one", "--json").json
+    people = tables.read_table(tmp_path / "one" / "data" / "identities.parquet", "identities")
+    assert people.loc[people["rule"] == "rendered", "person_id"].nunique() == 6
+    assert record["metrics"]["purged_people"] == 2, "a third trains in a and is tested in b"
+    images = tables.read_table(tmp_path / "one" / "data" / "images.parquet", "images")
+    assert (images.groupby("person_id", observed=True)["split"].nunique() == 1).all()
+
+
+def test_people_of_two_renderings_with_one_number_are_not_linked():
+    same = {"gender": "woman", "age": "adult", "build": "slim", "stature": "tall", "skin": "fair", "hair_length": "long",
+            "hair_colour": "black", "beard": "no", "true_person": "00001"}  # fmt: skip
+    rows = [("synthped-a", "synthped-a:1", same), ("synthped-b", "synthped-b:1", {**same, "stature": "short"})]
+    images = pd.DataFrame(
+        [{"image_id": f"{name}-x", "dataset": name, "person_id": person, "sha256": "", "attributes": attributes}
+         for name, person, attributes in rows]
+    )  # fmt: skip
+    assert find_links(images) == []
+    images.at[1, "attributes"] = same
+    assert [link.rule for link in find_links(images)] == ["rendered"]

@@ -158,7 +158,7 @@ def measured(folder):
     return {
         (row["condition"], row["seed"], row["measure"]): row["value"]
         for row in rows
-        if row["measure"] != "train.images_per_second"
+        if row["measure"] not in ("train.images_per_second", "train.seconds")
     }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -70,6 +71,23 @@ def test_every_image_has_two_captions_an_identity_and_a_clothing_text(written):
     assert (counts["identity"] == 1).all()
     assert (counts["clothing"] == 1).all()
     assert set(captions.conditioned_on) == {"image"}
+
+
+def test_a_set_without_captions_is_the_same_set_in_everything_else(written, tmp_path):
+    write_dataset(CONFIG.replace(captioned="a"), tmp_path, workers=1)
+    for path in sorted(written.rglob("*")):
+        if path.is_file() and path.name != "captions.parquet":
+            assert (tmp_path / path.relative_to(written)).read_bytes() == path.read_bytes(), path.name
+    before, after = read(written, "captions"), read(tmp_path, "captions")
+    gone = before["image_id"].str.startswith("synthped-b") & before["kind"].isin(("full", "phrase"))
+    assert set(before.loc[gone, "kind"]) == {"full", "phrase"}
+    pd.testing.assert_frame_equal(after, before[~gone].reset_index(drop=True))
+
+
+def test_the_only_dataset_cannot_be_the_one_without_captions():
+    assert SynthConfig(domain="b", captioned="b").captioned == "b"
+    with pytest.raises(ValueError, match="only dataset"):
+        SynthConfig(domain="b", captioned="a")
 
 
 def test_part_masks_fit_their_boxes(written):
