@@ -178,7 +178,10 @@ def mixed_batches(
     pairs, alone = np.flatnonzero(captioned), np.flatnonzero(~captioned)
     for kind, found in (("captioned", pairs), ("caption-free", alone)):
         if not len(found):
-            raise DataError(f"The training split has no {kind} images to mix.", hint="Use train.sampler: identity.")
+            raise DataError(
+                f"The training split has no {kind} images to mix.",
+                hint="Use train.sampler: identity (prompt.sampler in the prompt stage).",
+            )
     if identity_pairs:
         first = identity_batches(person[pairs], image[pairs], batch=batch, instances=instances, rng=rng)
     else:

@@ -84,12 +84,16 @@ class Inversion(nn.Module):
         if self.readout == "queries":
             chosen = out[:, length:]
         elif self.readout == "first":
-            if length < self.count:
-                raise ValueError(f"{length} tokens cannot give the first {self.count} pseudo-tokens")
-            chosen = out[:, : self.count]
+            chosen = self._first(out, mask)
         else:
             chosen = self._one(out, mask, summary)
         return self.leave(chosen).view(batch, self.count, self.outputs)  # type: ignore[no-any-return]
+
+    def _first(self, out: Tensor, mask: Tensor | None) -> Tensor:
+        """The first M outputs; a row with fewer real tokens repeats its last one."""
+        last = out.new_full((len(out),), out.shape[1], dtype=torch.long) if mask is None else mask.sum(dim=1)
+        place = torch.arange(self.count, device=out.device)[None].minimum(last[:, None] - 1)
+        return out.gather(1, place[..., None].expand(-1, -1, out.shape[2]))
 
     def _one(self, out: Tensor, mask: Tensor | None, summary: Tensor | None) -> Tensor:
         if self.readout == "pool":

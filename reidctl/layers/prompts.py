@@ -60,8 +60,9 @@ class PromptTemplate(nn.Module):
         words[-1] = torch.cat([words[-1], whole[0][-1:]])
         self.sizes = {name: sizes[name] for name in self.slots}
         self.length = sum(map(len, words)) + sum(self.sizes.values())
-        if self.length > context:
-            raise ValueError(f"template `{text}` has {self.length} tokens, the text tower reads {context}")
+        # The tokenizer cuts what is too long, so a piece as long as the context may have lost its end.
+        if self.length > context or max(map(len, whole)) >= context:
+            raise ValueError(f"template `{text}` has {self.length} tokens or more, the text tower reads {context}")
         for place, ids in enumerate(words):
             self.register_buffer(f"words{place}", ids.clone(), persistent=False)
 

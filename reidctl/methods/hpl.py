@@ -109,7 +109,8 @@ class HplConfig(MethodConfig):
     cic_over: Literal["all", "batch"] = "all"
     """Among whose prompts an image is classified. `batch` spares one-stage training N text passes per step."""
     i2i_losses_on: Literal["all", "i2i"] = "all"
-    """Whether triplet and identity loss of v_i2i read all images or those without a caption."""
+    """Whether triplet and identity loss of v_i2i read all images or those without a caption (a batch in which all have
+    one is read whole)."""
     ilpa_detach: Literal["none", "prompt", "feature"] = "none"
     """Which side of L_tgps and L_vgps gets no gradient."""
     stage2: StageTwoConfig = StageTwoConfig()
@@ -304,6 +305,7 @@ class Hpl(Method):
     def begin(self, stage: str) -> None:
         """Cache the identity prompts of all people, where stage II does not change them."""
         self.stage = stage
+        self.train(self.training)  # what this stage freezes has no dropout from here on
         two = self.config.stage2
         fixed = self.config.two_stage and not two.train_id_tokens and not two.train_prompt_encoder
         self.prototypes = None
@@ -535,6 +537,8 @@ class Hpl(Method):
 
     def prompt_rows(self, persons: Sequence[str]) -> list[tuple[str, str, Tensor]]:
         """Return the identity tokens: of every person, or the one set that all share."""
+        if not self.config.inverts:
+            return []
         if self.config.id_tokens == "global":
             return [("shared", "", self.id_tokens[0])]
         return [("person", name, tokens) for name, tokens in zip(persons, self.id_tokens, strict=True)]

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from reidctl.report.figures import GRID, INK, SERIES, save_figure
 
 _PER_LINE = 4  # images beside each other, each with its two maps
+_WIDE, _TRIPLE, _TITLE = 0.85, 2.95, 0.55  # inches: a picture, a picture with its maps and a gap, the room above
 _FAINT = "#9a9a9a"
 
 
@@ -46,30 +47,33 @@ def map_sheet(items: Sequence[Explained], data: pd.DataFrame, stem: Path, *, col
     """
     columns = min(len(items), _PER_LINE)
     lines = -(-len(items) // columns)
-    height, width = items[0].pictures[0].shape[:2]
-    figure = Figure(figsize=(2.7 * columns + 0.7, (0.74 * height / width + 0.6) * lines + 0.3), layout="constrained")
-    gaps = [1.0, 1.0, 1.0, 0.15] * columns
-    panels = figure.subplots(lines, len(gaps), width_ratios=gaps, squeeze=False)
-    for axes in panels.ravel():
-        axes.set_axis_off()
+    tall = _WIDE * items[0].pictures[0].shape[0] / items[0].pictures[0].shape[1]
+    width, height = columns * _TRIPLE + 0.75, lines * (tall + _TITLE) + 0.35
+    figure = Figure(figsize=(width, height))
+
+    def place(x: float, y: float, wide: float, high: float) -> Axes:
+        """Axes at inches from the upper left corner; a layout engine's last digits differ from run to run."""
+        return figure.add_axes((x / width, 1 - (y + high) / height, wide / width, high / height))
+
     for number, item in enumerate(items):
-        line, start = number // columns, 4 * (number % columns)
-        _triple(panels[line, start : start + 3], item)
+        x, y = _TRIPLE * (number % columns) + 0.1, (tall + _TITLE) * (number // columns) + _TITLE
+        _triple([place(x + step * (_WIDE + 0.05), y, _WIDE, tall) for step in range(3)], item)
     scale = ScalarMappable(cmap=colours)
     scale.set_clim(0, 1)
-    bar = figure.colorbar(scale, ax=list(panels.ravel()), fraction=0.02, pad=0.01, shrink=0.6, aspect=25)
+    bar = figure.colorbar(scale, cax=place(width - 0.7, _TITLE, 0.1, min(height - 1.1, 2.4)))
     bar.set_label("relevance (1 = most of the image)", fontsize=7.5, color=INK)
     bar.ax.tick_params(labelsize=7, colors=INK)
-    figure.supxlabel("\n".join(textwrap.wrap(note, 44 * columns)), size=7.5, color=INK, x=0.01, ha="left")
+    figure.text(0.1 / width, 0.1 / height, note, size=7.5, color=INK)
     return save_figure(figure, stem, data)
 
 
-def _triple(panels: Any, item: Explained) -> None:
+def _triple(panels: Sequence[Axes], item: Explained) -> None:
     """An image and its two maps; the title stands over all three."""
     title = [textwrap.shorten(line, 42, placeholder=" …") for line in item.title.splitlines()]
     for axes, picture, name in zip(panels, item.pictures, ("image", "t2i", "i2i"), strict=True):
         axes.imshow(picture, interpolation="nearest")
-        above = title if name == "t2i" else [""] * len(title)
+        axes.set_axis_off()
+        above = title if name == "t2i" else []
         axes.set_title("\n".join([*above, name]), size=7.5, color=INK, pad=2, parse_math=False)
 
 

@@ -214,6 +214,8 @@ def _starting_towers(towers: BackboneSettings) -> Backbone:
 
 def last_value(history: pd.DataFrame, name: str) -> float | None:
     """Return the last value of that name in a history, rounded; None if there is none."""
+    if not len(history):
+        return None
     values = history.loc[history["name"] == name, "value"]
     return round(float(values.iloc[-1]), 1) if len(values) else None
 

@@ -77,7 +77,7 @@ def run(
         **building.where_used(handling),
     }
     inputs = source.digests() | building.start_digest(towers)
-    prompts = _prompts(run, checked)
+    prompts = _prompts(run, checked, source)
     if prompts is not None:
         inputs["prompts"] = digest(prompt_stage.prompts_file(prompts))
     # Before asking whether anything changed: a stricter check must not be skipped.
@@ -140,12 +140,12 @@ def run(
     return {**record, "status": "done"}
 
 
-def _prompts(run: Run, checked: Settings) -> Run | None:
+def _prompts(run: Run, checked: Settings, source: Source) -> Run | None:
     """The run whose prompt stage this training builds on; None for methods and settings without one."""
     if not checked.method.needs_prompt_stage:
         return None
     where = run if checked.prompts.use is None else Run(checked.prompts.use)
-    prompt_stage.require(where, checked)
+    prompt_stage.require(where, checked, source)
     return where
 
 
@@ -173,7 +173,7 @@ def _train(
     model = building.build_model(train, checked, training, seed)
     samples = building.training_set(train, model, training, seed)
     if prompts is not None:
-        prompt_stage.hand_over(prompts, prompt_stage.require(prompts, checked), model, samples.persons)
+        prompt_stage.hand_over(prompts, model, samples.persons)
     store = PixelStore(
         chosen.paths(),
         model.backbone.image_size,

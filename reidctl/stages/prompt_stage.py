@@ -23,10 +23,11 @@ from reidctl.methods.base import Method, method_class, method_names
 from reidctl.runs import Run, fingerprint
 from reidctl.stages import building
 from reidctl.stages.building import Settings
-from reidctl.stages.sources import find_source
+from reidctl.stages.sources import Source, find_source
 from reidctl.training import Outcome, PromptConfig, Trainer
 
 STAGE = "prompt-stage"
+_SPOILT = ("caption_noise", "caption_noise_kind", "part")
 
 
 def run(
@@ -194,11 +195,11 @@ def prompts_file(run: Run) -> Path:
     return run.stage_dir(STAGE) / "prompts.safetensors"
 
 
-def require(run: Run, checked: Settings) -> dict[str, Any]:
+def require(run: Run, checked: Settings, source: Source) -> dict[str, Any]:
     """Return the record of the prompt stage that a training builds on.
 
     Raises:
-        DataError: it has not finished, or ran with other settings.
+        DataError: it has not finished, or ran with other settings or on other data.
     """
     record = run.record(STAGE)
     if record is None:
@@ -207,10 +208,10 @@ def require(run: Run, checked: Settings) -> dict[str, Any]:
             hint=f"Run `reidctl prompt-stage --method {checked.name} --run {run.path}` first, name another run with "
             "`--set prompt.use=RUN`, or train at once with `--set method.two_stage=false`.",
         )
-    mine = {"name": checked.name, **checked.method.prompt_settings()}
-    theirs = record["settings"]["method"]
+    asked = {"name": checked.name, **checked.method.prompt_settings()}
+    learnt = record["settings"]["method"]
     towers = checked.towers.model_dump(mode="json", exclude={"start"})
-    for section, own, found in (("method", mine, theirs), ("backbone", towers, record["settings"]["backbone"])):
+    for section, own, found in (("method", asked, learnt), ("backbone", towers, record["settings"]["backbone"])):
         differs = [name for name in own if own[name] != found.get(name)]
         if differs:
             raise DataError(
@@ -218,18 +219,26 @@ def require(run: Run, checked: Settings) -> dict[str, Any]:
                 f"{found.get(differs[0])!r}, now it is {own[differs[0]]!r}.",
                 hint="Run `reidctl prompt-stage` with these settings.",
             )
+    mine = {name: value for name, value in source.digests().items() if name != "described"}
+    theirs = {name: value for name, value in record["inputs"].items() if name not in ("described", "start")}
+    spoilt = {name: record["settings"][name] for name in _SPOILT if name in record["settings"]}
+    if mine != theirs or spoilt != {k: v for k, v in building.where_used(checked.handling).items() if k in _SPOILT}:
+        raise DataError(
+            f"The prompts in {run.path} were learnt on other images or captions.",
+            hint="Run `reidctl prompt-stage` on this dataset.",
+        )
     if building.start_digest(checked.towers).get("start") != record["inputs"].get("start"):
         raise DataError(f"The prompt stage in {run.path} started from other weights.", hint="Run it again.")
     return record
 
 
-def hand_over(run: Run, record: Mapping[str, Any], model: Method, persons: list[str]) -> None:
+def hand_over(run: Run, model: Method, persons: list[str]) -> None:
     """Put what the prompt stage learnt into an untrained model.
 
     Raises:
         DataError: it was learnt on other people, or the file is damaged.
     """
-    if record["people_digest"] != people_digest(persons):
+    if run.require(STAGE)["people_digest"] != people_digest(persons):
         raise DataError(
             f"The prompts in {run.path} belong to other training people.",
             hint="Run `reidctl prompt-stage` on this dataset.",

@@ -222,8 +222,8 @@ def test_rendered_people_who_are_in_both_worlds_are_linked_and_leave_training(tm
 
 
 def test_people_of_two_renderings_with_one_number_are_not_linked():
-    same = {"gender": "woman", "age": "adult", "build": "slim", "stature": "tall", "skin": "fair", "hair_length": "long",
-            "hair_colour": "black", "beard": "no", "true_person": "00001"}  # fmt: skip
+    same = {"gender": "woman", "age": "adult", "build": "slim", "stature": "tall", "skin": "fair", "beard": "no",
+            "hair_length": "long", "hair_colour": "black", "true_person": "00001"}  # fmt: skip
     rows = [("synthped-a", "synthped-a:1", same), ("synthped-b", "synthped-b:1", {**same, "stature": "short"})]
     images = pd.DataFrame(
         [{"image_id": f"{name}-x", "dataset": name, "person_id": person, "sha256": "", "attributes": attributes}

@@ -27,6 +27,8 @@ BODY = {"gender": ("man", "woman"), "build": ("slim", "average", "heavy")}
 CLOTHES = {"upper_colour": ("red", "blue", "green", "black"), "lower_type": ("trousers", "skirt", "shorts")}
 SKIN = ("pale", "dark")
 SOME = 48  # images: probes of all are slow
+OF_HPL = {"attention", "cam", "pseudo", "words", "alarms"}
+DONE = [name for name in analyse.DEFAULT if name not in OF_HPL]
 
 
 def trained(folder, data, *, name="bdam", config=BDAM, described=True, selected_on="val"):
@@ -191,14 +193,14 @@ def test_dependence_tells_independent_streams_from_a_copy(planted, monkeypatch):
 
 def test_an_untrained_model_gives_every_analysis_and_its_files(made):
     run, record = made
-    assert record["analyses"] == list(analyse.DEFAULT) and 0 < SOME - record["images"] < 8
+    assert record["analyses"] == DONE and 0 < SOME - record["images"] < 8
     folder = run.stage_dir("analyse")
     names = {path.name for path in folder.iterdir()}
     figures = {f"{stem}.{end}" for stem in ("probes", "clones", "gates", "tsne") for end in ("png", "svg", "csv")}
     assert names == figures | {"analysis.parquet", "gates.json", "architecture.md", "stage.json"}
     assert {f"analyse/{name}" for name in names - {"stage.json"}} == set(record["outputs"])
     rows = rows_of(run)
-    assert {key[0] for key in rows} == set(analyse.DEFAULT) - {"architecture"}
+    assert {key[0] for key in rows} == set(DONE) - {"architecture"}
     assert {key[1] for key in rows if key[0] == "probes"} == {
         "embedding", "identity", "clothing", "pooled_identity", "pooled_clothing"
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The analyses of `hpl`: an untrained micro model for everything around them, planted pseudo-words for what they say."""
+"""The analyses of `hpl`: an untrained micro model for everything around them, planted pseudo-words for what is said."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_tied_tokens_do_not_diverge_and_free_ones_do(people, tmp_path):
 
 
 @pytest.mark.covers(94)
-def test_a_token_that_looks_at_objects_alone_has_all_its_attention_there(people, tmp_path, monkeypatch):
+def test_a_token_that_looks_at_objects_is_told_from_one_that_looks_everywhere(people, tmp_path, monkeypatch):
     def look(material, method):
         rows = np.arange(len(material.images))
         shares = analyse_prompts._part_shares(material, rows, analyse_prompts.looking.OBJECTS)
@@ -135,9 +135,9 @@ def test_a_token_that_looks_at_objects_alone_has_all_its_attention_there(people,
     monkeypatch.setattr(analyse_prompts, "_attention", look)
     found = analysed(hpl(tmp_path / "r", people), "attention")["metrics"]
     on, off = found["attention.t2i.objects"], found["attention.i2i.objects"]
-    assert on["value"] > 0.3 and on["control"] < on["low"], "the objects of other images lie elsewhere"
-    assert off["value"] == pytest.approx(off["chance"]) and off["control"] == pytest.approx(off["chance"])
-    assert found["attention.both.objects-difference"]["low"] > 0.1
+    assert on["control"] < on["low"] and on["low"] > 1.3 * on["chance"], "the objects of other images lie elsewhere"
+    assert off["value"] == pytest.approx(off["chance"]) and off["control"] == pytest.approx(off["chance"], rel=0.2)
+    assert found["attention.both.objects-difference"]["low"] > 0
 
 
 def test_a_model_with_one_token_has_an_entropy_and_nothing_that_diverges(people, tmp_path):
