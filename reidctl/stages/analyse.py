@@ -14,6 +14,7 @@ from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run, digest
 from reidctl.stages import analyse_parts as parts
 from reidctl.stages import analyse_prompts as prompts
+from reidctl.stages import analyse_tokens as tokens
 from reidctl.stages.analyse_parts import Found, Material, NotApplicable
 from reidctl.stages.features import part_of, whole_families
 from reidctl.stages.index import model_digest, training_digest
@@ -32,8 +33,8 @@ ANALYSES: dict[str, Analysis] = {
     "tsne": parts.tsne,
     "efficiency": parts.efficiency,
     "architecture": parts.architecture,
-    "attention": prompts.attention,
-    "cam": prompts.cam,
+    "attention": tokens.attention,
+    "cam": tokens.cam,
     "pseudo": prompts.pseudo,
     "words": prompts.words,
     "alarms": prompts.alarms,
@@ -107,7 +108,7 @@ def run(
         },
     }
     inputs = source.digests()
-    if source.parts.is_file() and set(asked) & set(prompts.READ_PARTS):
+    if source.parts.is_file() and set(asked) & set(tokens.READ_PARTS):
         inputs["parts"] = digest(source.parts)
     current = None if force else run.up_to_date(STAGE, settings, inputs)
     if current is not None:

@@ -18,7 +18,7 @@ from reidctl.evaluation import alarms as rules
 from reidctl.methods.base import load_method, save_method
 from reidctl.methods.hpl import Hpl
 from reidctl.runs import digest
-from reidctl.stages import analyse, analyse_prompts
+from reidctl.stages import analyse, analyse_prompts, analyse_tokens
 from reidctl.synthped.config import SynthConfig
 from reidctl.synthped.dataset import write_dataset
 
@@ -125,14 +125,14 @@ def test_tied_tokens_do_not_diverge_and_free_ones_do(people, tmp_path):
 def test_a_token_that_looks_at_objects_is_told_from_one_that_looks_everywhere(people, tmp_path, monkeypatch):
     def look(material, method):
         rows = np.arange(len(material.images))
-        shares = analyse_prompts._part_shares(material, rows, analyse_prompts.looking.OBJECTS)
+        shares = analyse_tokens._part_shares(material, rows, analyse_tokens.looking.OBJECTS)
         patches = math.prod(method.backbone.grid)
         at = np.full((len(rows), patches), 1 / patches)
         for row, share in shares.items():
             at[row] = np.eye(patches)[share.argmax()]
         return {"t2i": at, "i2i": np.full_like(at, 1 / patches)}, np.ones((len(rows), 2, 3))
 
-    monkeypatch.setattr(analyse_prompts, "_attention", look)
+    monkeypatch.setattr(analyse_tokens, "_attention", look)
     found = analysed(hpl(tmp_path / "r", people), "attention")["metrics"]
     on, off = found["attention.t2i.objects"], found["attention.i2i.objects"]
     assert on["control"] < on["low"] and on["low"] > 1.3 * on["chance"], "the objects of other images lie elsewhere"
@@ -187,7 +187,7 @@ def test_maps_are_drawn_for_different_people_with_objects_first(made):
 def plant(monkeypatch):
     """Make P^v and P^t a function of the image's id: `plant(image, text)`, each from id to vectors (M, W)."""
     now = {}
-    batches = analyse_prompts._batches
+    batches = analyse_tokens.batches
 
     def remembered(*args):
         for batch in batches(*args):
@@ -198,7 +198,7 @@ def plant(monkeypatch):
         def of(make):
             return lambda *_: torch.stack([make(name) for name in now["ids"]])
 
-        monkeypatch.setattr(analyse_prompts, "_batches", remembered)
+        monkeypatch.setattr(analyse_tokens, "batches", remembered)
         monkeypatch.setattr(Hpl, "pseudo_image", of(image))
         monkeypatch.setattr(Hpl, "pseudo_text", of(text or image))
 
