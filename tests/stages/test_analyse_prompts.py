@@ -198,7 +198,7 @@ def plant(monkeypatch):
         def of(make):
             return lambda *_: torch.stack([make(name) for name in now["ids"]])
 
-        monkeypatch.setattr(analyse_tokens, "batches", remembered)
+        monkeypatch.setattr(analyse_prompts, "batches", remembered)
         monkeypatch.setattr(Hpl, "pseudo_image", of(image))
         monkeypatch.setattr(Hpl, "pseudo_text", of(text or image))
 
