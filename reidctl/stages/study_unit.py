@@ -86,10 +86,6 @@ class Dataset:
             data_synth.run(self.pictures, self.recipe, workers=1)
         if self.both is not None:
             with locked(self.both.path):
-                if joining.identity_map is None:
-                    who = self.both.path / "who.csv"
-                    tables.write_text(who, _who_is_who(self.pictures))
-                    joining = joining.replace(identity_map=who)
                 data_combine.run(self.both, [self.pictures.path], joining)
         if self.texts is not None:
             with locked(self.texts.path):
@@ -106,15 +102,6 @@ def _joining(recipe: Recipe) -> dict[str, Any]:
     given = dict(recipe.get("data") or {})
     asked = {name: given[name] for name in _JOINING if name in given}
     return {"data": asked} if asked and _two(recipe) else {}
-
-
-def _who_is_who(rendered: Run) -> str:
-    """The identity map of rendered datasets, as `data combine` reads it: the renderer knows who is whom."""
-    images = tables.read_table(rendered.table("data", "images"), "images").drop_duplicates("person_id")
-    names = [str(person).split(":", 1) for person in images["person_id"]]
-    true = [dict(attributes)["true_person"] for attributes in images["attributes"]]
-    rows = [f"{dataset},{person},{identity}" for (dataset, person), identity in zip(names, true, strict=True)]
-    return "\n".join(["dataset,person,identity", *rows]) + "\n"
 
 
 @dataclass(frozen=True)
