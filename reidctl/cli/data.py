@@ -29,7 +29,7 @@ def synth(
     people: Annotated[int | None, typer.Option(help="Identities per dataset.")] = None,
     images_per_person: Annotated[int | None, typer.Option(help="Images of each identity.")] = None,
     size: Annotated[str | None, typer.Option(help="Image size as HEIGHTxWIDTH, e.g. 128x64.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Visual world: a, b or both.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Visual world: a, b, c or both (a and b).")] = None,
     variant: Annotated[str | None, typer.Option(help="standard or cloth-changing.")] = None,
     clone_pairs: Annotated[float | None, typer.Option(help="Look-alike pairs: a number, or a share below 1.")] = None,
     crossing: Annotated[int | None, typer.Option(help="Identities in both datasets (with --domain both).")] = None,

@@ -321,7 +321,7 @@ def paraphrase(text: str, style: str) -> str:
 TRUTH_STYLES = tuple(name.replace(" ", "-") for name in captions.STYLES)
 """The writing styles of synthped, in the order of their numbers."""
 
-_IMAGE = re.compile(r"synthped-([ab])-(\d+)-c\d+-(\d+)")
+_IMAGE = re.compile(r"synthped-([abc])-(\d+)-c\d+-(\d+)")
 
 
 def rewrite_synthped(
@@ -377,5 +377,5 @@ def _written(config: SynthConfig, picture: Rendered, style_id: str | None) -> li
         return []
     person, number = picture.person, int(style_id[-1])
     # The address of `synthped.captions.captions`: what is mentioned depends on the stream of the caption's own style.
-    address = (config.seed, cast.WORDS, person.index + (10000 if person.domain == "b" else 0), picture.shot.image)
+    address = (config.seed, cast.WORDS, person.own_number, picture.shot.image)
     return [captions.caption(picture, style, Draws(*address, 1 + number)).text for style in range(len(captions.STYLES))]

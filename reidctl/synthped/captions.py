@@ -60,7 +60,7 @@ class Told:
 def captions(config: SynthConfig, picture: Rendered) -> list[Caption]:
     """Return the captions of a picture, each in another style, decided by (seed, person, image)."""
     person = picture.person
-    address = (config.seed, WORDS, person.index + (10000 if person.domain == "b" else 0), picture.shot.image)
+    address = (config.seed, WORDS, person.own_number, picture.shot.image)
     styles = Draws(*address).shuffled(range(len(STYLES)))[: config.captions_per_image]
     return [caption(picture, style, Draws(*address, 1 + style)) for style in styles]
 

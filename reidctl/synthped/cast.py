@@ -9,6 +9,10 @@ from reidctl.synthped.draws import Draws, balanced
 # Purposes: the second number of a Draws address, so that streams never overlap.
 BODY, OUTFIT, SHOT, PIXELS, WORDS, ROUTE = 1, 2, 3, 4, 5, 6
 
+# Where the numbers of each world's people begin. 20000 + number and 40000 + number are second wardrobes and the bodies
+# of look-alikes, so up to 60000 everything may be taken by people of a and b.
+FIRST_NUMBER = {"a": 0, "b": 10000, "c": 60000}
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
@@ -60,6 +64,11 @@ class Person:
     number: int = 0  # what ids call the identity: index + `first`
 
     @property
+    def own_number(self) -> int:
+        """One number per identity of any dataset; doubles have one in each, and so pictures of their own."""
+        return own_number(self.domain, self.index)
+
+    @property
     def dataset(self) -> str:
         return f"synthped-{self.domain}"
 
@@ -71,6 +80,11 @@ class Person:
 def person_id(domain: str, number: int) -> str:
     """The identifier of an identity in every table."""
     return f"synthped-{domain}:{number:04d}"
+
+
+def own_number(domain: str, index: int) -> int:
+    """Return the number of identity `index` of a dataset among the people of all worlds."""
+    return FIRST_NUMBER[domain] + index
 
 
 def split_of(config: SynthConfig, index: int) -> str:
@@ -91,8 +105,8 @@ def split_sizes(config: SynthConfig) -> tuple[int, int]:
 def person(config: SynthConfig, domain: str, index: int) -> Person:
     """Return identity `index` of a dataset with everything that is fixed about it."""
     true = true_person(config, domain, index)
-    source_domain = "a" if true < 10000 else "b"
-    wardrobe = true if config.crossing_outfit == "same" or source_domain == domain else 20000 + true
+    at_home = true == own_number(domain, index)
+    wardrobe = true if config.crossing_outfit == "same" or at_home else 20000 + true
     base = Person(
         domain=domain,
         index=index,
@@ -111,13 +125,13 @@ def person(config: SynthConfig, domain: str, index: int) -> Person:
 
 
 def true_person(config: SynthConfig, domain: str, index: int) -> int:
-    """Number the people of the world: a's are 0, 1, ..., b's are 10000, 10001, ..., except those who cross.
+    """Number the people of all worlds: a's are 0, 1, ..., b's are 10000, 10001, ..., except those who cross.
 
     Crossing people are the first training identities of a. A third of them (rounded up) is found again in b's test
-    split, the others in b's training split.
+    split, the others in b's training split. Nobody crosses into c.
     """
-    if domain == "a":
-        return index
+    if domain != "b":
+        return own_number(domain, index)
     leaking = (config.crossing + 2) // 3
     train, val = split_sizes(config)
     leaking = min(leaking, config.people - train - val)
@@ -125,7 +139,7 @@ def true_person(config: SynthConfig, domain: str, index: int) -> int:
         return index - (config.people - leaking)
     if index < config.crossing - leaking:
         return leaking + index
-    return 10000 + index
+    return own_number(domain, index)
 
 
 def clone_partner(config: SynthConfig, index: int) -> tuple[int, str, bool] | None:

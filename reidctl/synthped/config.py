@@ -24,10 +24,11 @@ class SynthConfig(Section):
     images_per_person: int = Field(default=6, ge=2, le=99, description="images of each identity")
     size: tuple[int, int] = Field(default=(128, 64), description="height and width in pixels")
     seed: int = Field(default=0, ge=0, description="every random choice descends from it")
-    domain: Literal["a", "b", "both"] = Field(
-        default="a", description="which of the two visual worlds; both = two datasets"
+    domain: Literal["a", "b", "c", "both"] = Field(
+        default="a",
+        description="which of the three visual worlds; both = a and b as two datasets, so that c stays unseen",
     )
-    captioned: Literal["both", "a", "b"] = Field(
+    captioned: Literal["both", "a", "b", "c"] = Field(
         default="both",
         description="which datasets of domain=both have captions; the other is for image-to-image alone",
     )
@@ -79,8 +80,9 @@ class SynthConfig(Section):
             raise ValueError(f"size {height}x{width} is outside 32x16 to 1024x1024 (height x width)")
         if self.train_fraction + self.val_fraction >= 1:
             raise ValueError("train_fraction + val_fraction leaves no identities for the test split")
-        if self.domain != "both" and self.captioned not in ("both", self.domain):
-            raise ValueError(f"captioned={self.captioned} leaves the only dataset, {self.domain}, without captions")
+        if self.captioned not in ("both", *self.domains):
+            whose = "both datasets" if self.domain == "both" else f"the only dataset, {self.domain},"
+            raise ValueError(f"captioned={self.captioned} leaves {whose} without captions")
         if self.crossing and self.domain != "both":
             raise ValueError("crossing identities need domain=both")
         if self.crossing > int(self.people * self.train_fraction):

@@ -6,6 +6,8 @@ from reidctl.synthped.cast import Person
 from reidctl.synthped.shot import Item, Shot
 
 Point = tuple[float, float]
+# How large the people of a domain are and where they stand: the cameras of b and c hang higher and farther away.
+SCALE_AND_FOOT = {"a": (1.0, 124.0), "b": (0.95, 121.0), "c": (0.92, 118.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,11 @@ class Figure:
         self.view = shot.view
         self.side_on = shot.view.endswith("side")
         self.facing = {"left side": -1, "right side": 1}.get(shot.view, 0)
-        small = 0.95 if person.domain == "b" else 1.0
+        small, foot = SCALE_AND_FOOT[person.domain]
         self.height = 111.0 * body.height * shot.scale * small
         self.u = self.height / 100
         self.x = 28.0 + shot.shift_x
-        self.foot = (121.0 if person.domain == "b" else 124.0) + shot.shift_y
+        self.foot = foot + shot.shift_y
         self.top = self.foot - self.height
         stoop = 1.5 if body.age == "elderly" else 0.0
         self.head_h = 14.2 * body.head * (1.04 if body.girth > 1.2 else 1.0)

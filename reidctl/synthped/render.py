@@ -43,7 +43,7 @@ def render(config: SynthConfig, person_index: int, image_index: int, *, domain: 
         config: what to render.
         person_index: raw identity number within its dataset.
         image_index: which of the person's images.
-        domain: "a" or "b"; the configuration's first dataset when left out.
+        domain: "a", "b" or "c"; the configuration's first dataset when left out.
     """
     chosen = domain or config.domains[0]
     return render_shot(config, cast.person(config, chosen, person_index), image_index)
@@ -52,7 +52,7 @@ def render(config: SynthConfig, person_index: int, image_index: int, *, domain: 
 def render_shot(config: SynthConfig, person: Person, image_index: int) -> Rendered:
     """Return image `image_index` of a person made by `cast.person`."""
     shot = make_shot(config, person, image_index)
-    rng = Draws(config.seed, cast.PIXELS, person.index + (10000 if person.domain == "b" else 0), image_index)
+    rng = Draws(config.seed, cast.PIXELS, person.own_number, image_index)
     height, width = config.size
     canvas = Canvas(height, width)
     canvas.light = rng.between(-0.35, 0.35)

@@ -22,13 +22,25 @@ CAMERAS: dict[str, tuple[tuple[float, float, float, float, float], ...]] = {
         (0.80, 0.75, 0.72, 4, 0.08),
         (1.02, 1.06, 1.10, 2, 0.20),
     ),
+    "c": (
+        (0.88, 0.94, 1.08, -2, 0.04),
+        (1.12, 1.00, 0.86, -6, 0.06),
+        (1.02, 1.06, 1.12, 14, 0.16),
+        (0.88, 0.80, 0.94, 0, 0.02),
+        (0.96, 1.10, 0.94, 6, 0.12),
+    ),
 }
-NOISE = {"a": 3.0, "b": 5.0}  # standard deviation of the sensor noise, in grey levels
+NOISE = {"a": 3.0, "b": 5.0, "c": 7.0}  # standard deviation of the sensor noise, in grey levels
+POLES: dict[str, palette.Colour] = {"a": (112, 114, 116), "b": (186, 180, 170), "c": (74, 92, 84)}
 
 
 def draw_background(canvas: Canvas, rng: Draws, domain: str, camera: int) -> None:
     """Paint wall, floor and clutter; each camera of a domain prefers one kind of place."""
-    places = (_brick, _hedge, _road, _facade) if domain == "a" else (_tiles, _platform, _glass, _shelves)
+    places = {
+        "a": (_brick, _hedge, _road, _facade),
+        "b": (_tiles, _platform, _glass, _shelves),
+        "c": (_lamps, _snow, _market, _fence),
+    }[domain]
     horizon = rng.between(62, 84)
     # Mostly a camera looks anywhere: a background that always gave it away would outweigh the clothes.
     place = rng.below(len(places)) if rng.chance(0.85) else (camera - 1) % len(places)
@@ -168,6 +180,101 @@ def _shelves(canvas: Canvas, rng: Draws, horizon: float) -> None:
     _grain(canvas, rng, horizon, 128, 1.2, 0.07)
 
 
+def _lamps(canvas: Canvas, rng: Draws, horizon: float) -> None:
+    """A street at night: houses with some lit windows, and lamps whose light lies on the wet ground."""
+    _fill(canvas, 0, horizon, _tone(rng, (62, 70, 104), 8), 0.004)
+    _grain(canvas, rng, 0, horizon, 12, 0.08)
+    shift = rng.between(0, 13)
+    for number in range(5):
+        for row in range(3):
+            x, y = number * 13 + shift - 10, 5 + row * 20
+            lit = (232, 190, 104) if rng.chance(0.35) else (44, 50, 76)
+            window = canvas.profile([(y, x, x + 6), (min(y + 11, horizon - 3), x, x + 6)])
+            canvas.paint(window, BACKGROUND, plain(_tone(rng, lit, 10), gloss=0.05))
+    _fill(canvas, horizon, 128, _tone(rng, (84, 88, 112), 8), 0.002)
+    _grain(canvas, rng, horizon, 128, 3, 0.08)
+    for lamp in (rng.between(2, 16), rng.between(40, 54)):
+        canvas.paint(
+            canvas.profile([(14, lamp - 0.7, lamp + 0.7), (horizon + 4, lamp - 0.9, lamp + 0.9)]),
+            BACKGROUND,
+            plain((34, 36, 46)),
+        )
+        for radius, factor in ((13.0, 1.14), (8.0, 1.2), (4.5, 1.3)):
+            canvas.tint(canvas.ellipse(lamp, 13, radius, radius), factor)
+            canvas.tint(canvas.ellipse(lamp, horizon + 18, radius * 0.6, radius * 2), factor)
+        canvas.paint(canvas.ellipse(lamp, 13, 2.4, 2.4), BACKGROUND, plain((255, 240, 196), gloss=0.05))
+
+
+def _snow(canvas: Canvas, rng: Draws, horizon: float) -> None:
+    """A park in winter: bare trunks before a pale sky, trodden snow."""
+    _fill(canvas, 0, horizon, _tone(rng, (160, 176, 196), 10), 0.003)
+    _grain(canvas, rng, 0, horizon, 18, 0.05)
+    edge = horizon - rng.between(10, 18)
+    _fill(canvas, edge, horizon, _tone(rng, (104, 116, 126), 8))
+    _grain(canvas, rng, edge, horizon, 3, 0.16)
+    for _ in range(4 + rng.below(4)):
+        x, half, foot = rng.between(-2, 58), rng.between(0.8, 2.4), horizon + rng.between(-2, 5)
+        bark = plain(_tone(rng, (74, 66, 66), 12), gloss=0.4)
+        canvas.paint(
+            canvas.profile([(-1, x - half * 0.7, x + half * 0.7), (foot, x - half, x + half)]), BACKGROUND, bark
+        )
+        for side in (-1, 1):
+            y = rng.between(8, 44)
+            canvas.paint(canvas.capsule(x, y, x + side * 9, y - 11, half * 0.5, 0.3), BACKGROUND, bark)
+    _fill(canvas, horizon, 128, _tone(rng, (198, 208, 224), 10), 0.001)
+    _grain(canvas, rng, horizon, 128, 7, 0.04)
+    _grain(canvas, rng, horizon, 128, 1.6, 0.05)
+    for number in range(6):
+        x, y = rng.between(4, 52), horizon + 5 + number * 8
+        canvas.tint(canvas.ellipse(x, y, 2.6, 1.1), 0.84)
+
+
+def _market(canvas: Canvas, rng: Draws, horizon: float) -> None:
+    """A stall: a striped awning, the dim inside, crates of fruit, cobbles."""
+    _fill(canvas, 0, horizon, _tone(rng, (96, 84, 92), 10), 0.004)
+    _grain(canvas, rng, 0, horizon, 10, 0.10)
+    awning = rng.between(15, 24)
+    colours = ((186, 60, 56), (54, 112, 96), (62, 84, 150), (190, 132, 54))
+    dyed, cream, shift = rng.pick(colours), _tone(rng, (222, 214, 196), 8), rng.between(0, 14)
+    for number in range(-1, 9):
+        x = number * 7 + shift - 7
+        stripe = plain(dyed if number % 2 else cream, gloss=0.1)
+        canvas.paint(canvas.profile([(-1, x, x + 7), (awning, x, x + 7)]), BACKGROUND, stripe, 0.9)
+        canvas.paint(canvas.ellipse(x + 3.5, awning, 3.5, 3.2), BACKGROUND, stripe, 0.9)
+    fruit = ((206, 64, 48), (232, 152, 52), (226, 206, 84), (92, 150, 70), (126, 70, 120))
+    for column in range(-1, 5):
+        x, colour = column * 14 + shift, rng.pick(fruit)
+        for place in range(4):
+            ball = canvas.ellipse(x + 2 + place * 3, horizon - 13, 2.2, 2.4)
+            canvas.paint(ball, BACKGROUND, plain(_tone(rng, colour, 16)), 0.85)
+        crate = canvas.profile([(horizon - 12, x, x + 13), (horizon, x + 0.6, x + 12.4)])
+        canvas.paint(crate, BACKGROUND, plain(_tone(rng, (164, 130, 88), 10), gloss=0.1), 0.85)
+    _joints(canvas, horizon - 12, horizon, 4, 0.8, 0.7)
+    _fill(canvas, horizon, 128, _tone(rng, (122, 120, 128), 10), 0.002)
+    _joints(canvas, horizon, 128, 5, 0.8, 0.78)
+    _lines(canvas, horizon, 128, 6.5, 0.8, 0.82, shift)
+    _grain(canvas, rng, horizon, 128, 5, 0.07)
+
+
+def _fence(canvas: Canvas, rng: Draws, horizon: float) -> None:
+    """Weathered boards below an evening sky, before short grass."""
+    top = rng.between(10, 24)
+    _fill(canvas, 0, top + 5, _tone(rng, (190, 160, 176), 12))
+    width, shift = rng.between(5.5, 8), rng.between(0, 8)
+    for number in range(-1, 11):
+        x, y = number * width + shift - 4, top + rng.between(-1.5, 1.5)
+        board = plain(_tone(rng, (148, 132, 122), 16), gloss=0.12)
+        middle = x + width * 0.46
+        nodes = [(y - 4, middle - 0.2, middle + 0.2), (y, x, x + width * 0.92), (horizon, x, x + width * 0.92)]
+        canvas.paint(canvas.profile(nodes), BACKGROUND, board)
+    for y in (top + 8, horizon - 9):
+        canvas.tint(canvas.profile([(y, -1, 57), (y + 2.6, -1, 57)]), 0.74)
+    _grain(canvas, rng, top, horizon, 1.6, 0.06)
+    _fill(canvas, horizon, 128, _tone(rng, (122, 140, 92), 10), 0.002)
+    _grain(canvas, rng, horizon, 128, 1.4, 0.14)
+    _grain(canvas, rng, horizon, 128, 9, 0.06)
+
+
 def _clutter(canvas: Canvas, rng: Draws, horizon: float) -> None:
     """A poster, a bin, a far-away person or a column of light."""
     x, kind = rng.between(2, 54), rng.below(4)
@@ -203,7 +310,7 @@ def draw_occluder(canvas: Canvas, rng: Draws, kind: str, domain: str) -> None:
     """Paint what stands between camera and person; it takes the labels of what it hides."""
     if kind == "pole":
         x, half = rng.between(10, 46), rng.between(1.8, 3.4)
-        metal = plain(_tone(rng, (112, 114, 116) if domain == "a" else (186, 180, 170), 20), gloss=0.5)
+        metal = plain(_tone(rng, POLES[domain], 20), gloss=0.5)
         canvas.paint(canvas.profile([(-1, x - half, x + half), (129, x - half, x + half)]), BACKGROUND, metal)
     elif kind == "car":
         top = rng.between(100, 110)
@@ -227,7 +334,7 @@ def expose(picture: Floats, rng: Draws, domain: str, camera: int, blur: int, str
     Args:
         picture: mean scene colour per pixel, shape (H, W, 3).
         rng: source of the per-image brightness and the noise.
-        domain: "a" or "b".
+        domain: "a", "b" or "c".
         camera: 1, 2, ...
         blur: passes of a [1, 2, 1] / 4 blur at 128 pixels height; more pixels get more passes.
         strength: 0 leaves the picture alone, 1 is the normal camera.

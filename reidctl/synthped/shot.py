@@ -39,7 +39,7 @@ class Shot:
 
 def make_shot(config: SynthConfig, person: Person, image: int) -> Shot:
     """Return shot `image` of a person, decided by (seed, person, image) and nothing else."""
-    rng = Draws(config.seed, SHOT, _number(person), image)
+    rng = Draws(config.seed, SHOT, person.own_number, image)
     role, camera, view, outfit = _route(config, person, image)
     strength = config.difficulty
     walking = rng.chance(0.7)
@@ -60,11 +60,6 @@ def make_shot(config: SynthConfig, person: Person, image: int) -> Shot:
     )
 
 
-def _number(person: Person) -> int:
-    """One number per identity of either dataset, so that doubles in the other dataset get their own pictures."""
-    return person.index + (10000 if person.domain == "b" else 0)
-
-
 def query_count(config: SynthConfig) -> int:
     """Queries per test identity: a third of its images, at least one, never two from one camera."""
     return max(1, min(config.images_per_person // 3, config.cameras))
@@ -72,7 +67,7 @@ def query_count(config: SynthConfig) -> int:
 
 def _route(config: SynthConfig, person: Person, image: int) -> tuple[str, int, str, Outfit]:
     """Role, camera, view and outfit; consecutive images go through all cameras, so queries have matches elsewhere."""
-    rng = Draws(config.seed, ROUTE, _number(person))
+    rng = Draws(config.seed, ROUTE, person.own_number)
     cameras = rng.shuffled(range(1, config.cameras + 1))
     views = rng.shuffled((*palette.VIEWS, "front", "back"))
     role = ""
@@ -86,7 +81,7 @@ def _route(config: SynthConfig, person: Person, image: int) -> tuple[str, int, s
 
 def _items(config: SynthConfig, person: Person, image: int) -> tuple[Item, ...]:
     """The objects carried in this image; each kind appears in at most one image of a person."""
-    rng = Draws(config.seed, ROUTE, _number(person), 7)
+    rng = Draws(config.seed, ROUTE, person.own_number, 7)
     items: list[Item] = []
     taken: set[tuple[int, str]] = set()
     for kind in palette.CARRIED:

@@ -248,7 +248,7 @@ def test_a_size_that_is_none_is_a_usage_error(tmp_path, size):
         ("--people", "-3"),
         ("--people", "1"),
         ("--images-per-person", "0"),
-        ("--domain", "c"),
+        ("--domain", "d"),
         ("--variant", "x"),
         ("--clone-pairs", "-1"),
         ("--clone-pairs", "nan"),

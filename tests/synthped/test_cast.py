@@ -26,6 +26,8 @@ def everyone(config, domain="a"):
         ({"size": [8, 8]}, "size 8x8"),
         ({"train_fraction": 0.9, "val_fraction": 0.2}, "test split"),
         ({"crossing": 3}, "domain=both"),
+        ({"crossing": 3, "domain": "c"}, "domain=both"),
+        ({"domain": "d"}, "synth.domain"),
         ({"people": 10, "clone_pairs": 6}, "6 pairs"),
         ({"peple": 10}, "Did you mean `people`"),
     ],

@@ -86,8 +86,12 @@ def test_a_set_without_captions_is_the_same_set_in_everything_else(written, tmp_
 
 def test_the_only_dataset_cannot_be_the_one_without_captions():
     assert SynthConfig(domain="b", captioned="b").captioned == "b"
-    with pytest.raises(ValueError, match="only dataset"):
-        SynthConfig(domain="b", captioned="a")
+    assert SynthConfig(domain="c", captioned="c").captioned == "c"
+    for domain, captioned in (("b", "a"), ("c", "a"), ("a", "c")):
+        with pytest.raises(ValueError, match=f"only dataset, {domain}"):
+            SynthConfig(domain=domain, captioned=captioned)
+    with pytest.raises(ValueError, match="both datasets without captions"):
+        SynthConfig(domain="both", captioned="c")
 
 
 def test_part_masks_fit_their_boxes(written):
