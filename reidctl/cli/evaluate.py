@@ -18,7 +18,9 @@ _SETTINGS = (
     "illumination, blank"
 )
 FORMATS = ("text", "markdown", "latex")
-_MEASUREMENT = re.compile(r"(?:(t2i|i2i|it2i)\.)?((?:[a-z0-9:-]+/)?(?:rank[1-9]\d*|mAP|mINP|rSum))=(.+)")
+_MEASUREMENT = re.compile(
+    r"(?:((?:joint\.)?(?:t2i|i2i|it2i))\.)?((?:[a-z0-9:-]+/)?(?:rank[1-9]\d*|mAP|mINP|rSum))=(.+)"
+)
 
 Runs = list[Path] | None
 Record = dict[str, Any]
@@ -36,6 +38,9 @@ def command(
             metavar="NAME", help="t2i, i2i, it2i (image+text), single-shot (repeatable). Default: t2i and i2i."
         ),
     ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Also, of combined datasets: all queries in one gallery of all images.")
+    ] = False,
     weight: Annotated[float, typer.Option(help="The image's share in an image+text query.", min=0, max=1)] = 0.5,
     ranks: Annotated[str | None, typer.Option(help="The k of rank-k, e.g. 1,5,10,50. Default: 1,5,10,20.")] = None,
     rerank: Annotated[
@@ -103,10 +108,10 @@ def command(
     if level is not None and not setting:
         raise UsageError("`--level` is a part of the robustness settings.", hint="Add --setting typos, say.")
     analyses = {"--setting": setting, "--against": against, "--seeds": seeds, "--epochs": epochs, "--compare": compare}
-    measured = {"--protocol": protocol, "--rerank": rerank, "--ranks": ranks, "--slices": slices}
+    measured = {"--protocol": protocol, "--joint": joint, "--rerank": rerank, "--ranks": ranks, "--slices": slices}
     _alone("--matrix", matrix, {"--embeddings": embeddings, "--captions": captions, **measured, **analyses})
-    own = {"--protocol": protocol, "--data": data, "--captions": captions, "--setting": setting, "--epochs": epochs}
-    _alone("--embeddings", embeddings, own)
+    own = {"--protocol": protocol, "--joint": joint, "--data": data, "--captions": captions}
+    _alone("--embeddings", embeddings, {**own, "--setting": setting, "--epochs": epochs})
     pairs = [text for text in rerank or [] if text.split("/")[0] == "pairwise"]
     _alone("--embeddings", embeddings, {f"--rerank {text}": text for text in pairs})
     _alone("--normalise", normalise, {"a trained model": not embeddings})
@@ -128,8 +133,9 @@ def command(
         )
     else:
         measure: Record = {"measure": protocol or ("t2i", "i2i"), "weight": weight, "rerank": rerank or ()}
+        measure["joint"] = joint
         # An analysis needs the evaluation that is there, whatever was measured besides the standard rows.
-        reuse = any([slices, *analyses.values()]) and not (protocol or rerank or cutoffs)
+        reuse = any([slices, *analyses.values()]) and not (protocol or rerank or cutoffs or joint)
         record = _own(here, {**asked, **where, **measure, "cutoffs": cutoffs, "reuse": reuse})
     drawn, also = shown.evaluated(record, short=format_ == "text"), []
     if slices:
@@ -208,12 +214,15 @@ def _against(run: Any, other: Path, seed: int, force: bool) -> Record:
 
 def _published(run: Any, record: Record) -> list[Any]:
     from reidctl.evaluation import comparison
+    from reidctl.evaluation.protocols import JOINT
 
     context = comparison.context_of(run, record)
+    # Nothing is published about a gallery that nobody else has.
+    ours = JOINT if record["settings"].get("joint") else None
     return [
         comparison.compare(facts, dataset=facts["dataset"], direction=facts["direction"], context=context)
         for facts in record["tables"].values()
-        if facts["direction"] in ("t2i", "i2i") and not facts["about"]
+        if facts["direction"] in ("t2i", "i2i") and not facts["about"] and facts["dataset"] != ours
     ]
 
 
@@ -281,7 +290,8 @@ def _gate(text: str) -> tuple[str, str, float]:
     if found is None or not 0 <= floor <= (3 if found[2].endswith("rSum") else 1):
         raise UsageError(
             f"`--min {text}` is not METRIC=FRACTION.",
-            hint="As tables write it, in fractions: rank1=0.7, i2i.mAP=0.4, rSum=2.1; with --setting typos/rank1=0.3.",
+            hint="As tables write it, in fractions: rank1=0.7, i2i.mAP=0.4, rSum=2.1; with --setting typos/rank1=0.3; "
+            "with --joint joint.t2i.mAP=0.3.",
         )
     return found[1] or "t2i", found[2], floor
 
@@ -304,5 +314,5 @@ def _check(
             missed.append(f"{direction} {name} is {held[metric]:.4f}, below the floor of {floor}")
     if missed or unknown:
         measured = "; ".join(f"{direction}: {', '.join(held)}" for direction, held in metrics.items())
-        hint = f"Measured are {measured}. See --ranks, --protocol and --setting." if unknown else ""
+        hint = f"Measured are {measured}. See --ranks, --protocol, --joint and --setting." if unknown else ""
         raise GateError("; ".join([*missed, *unknown]) + ".", hint=hint)

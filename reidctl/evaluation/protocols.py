@@ -18,6 +18,9 @@ from reidctl.retrieval.store import EmbeddingTable
 Direction = Literal["t2i", "i2i", "it2i"]
 Objects = npt.NDArray[np.object_]
 
+JOINT = "joint"
+"""What the table of all datasets in one gallery is called, where a dataset's name stands."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -167,6 +170,31 @@ def image_to_image(
         _side(query, "image_id", embeddings, "image", "query", condition),
         _side(gallery, "image_id", embeddings, "image", "gallery", gallery_condition),
         exclude,
+    )
+
+
+def together(parts: Sequence[Protocol], *, dataset: str = JOINT) -> Protocol:
+    """Return the protocol in which the queries of all parts search one gallery, that of all parts.
+
+    Somebody who is in several parts is one person. Dropped is what the parts agree to drop. Where they do not, it is
+    the same person in the same camera, or, where no part knows cameras, the query image alone: a part with a rule about
+    outfits has no gallery image in its queries' outfits, and an unknown camera equals its own image only.
+
+    Args:
+        parts: plain protocols of one direction, split and condition, whose cameras have names of their own in each.
+        dataset: what it is called.
+    """
+    first = parts[0]
+    alike = {(part.direction, part.split, part.condition) for part in parts}
+    assert len(alike) == 1, "parts of one direction, split and condition"
+    rules: set[Exclude] = {part.exclude for part in parts}
+    exclude: Exclude = "same_camera" if rules & {"same_camera", "cloth_changing"} else "same_item"
+    return replace(
+        first,
+        dataset=dataset,
+        query=_stacked([part.query for part in parts]),
+        gallery=_stacked([part.gallery for part in parts]),
+        exclude=first.exclude if len(rules) == 1 else exclude,
     )
 
 
@@ -377,6 +405,10 @@ def _rankings_frame(protocol: Protocol, ranking: Ranking) -> pd.DataFrame:
             "match": ranking.match[row, place],
         }
     )
+
+
+def _stacked(sides: Sequence[Side]) -> Side:
+    return Side(**{name: np.concatenate([getattr(side, name) for side in sides]) for name in vars(sides[0])})
 
 
 def _of_split(images: pd.DataFrame, dataset: str, split: str) -> pd.DataFrame:

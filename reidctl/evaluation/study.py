@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from reidctl.config import SECTIONS, Section, merge, parse_section
 from reidctl.errors import UsageError
 from reidctl.evaluation.claims import Claim
+from reidctl.evaluation.protocols import JOINT
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 ANALYSES = (
-    *("probes", "dependence", "clones", "tsne", "gates", "efficiency", "architecture"),
+    *("probes", "dependence", "clones", "compactness", "tsne", "gates", "efficiency", "architecture"),
     *("attention", "cam", "pseudo", "words", "alarms"),
 )
 
@@ -29,6 +30,7 @@ class Measures(Section):
         features: as in `analyse --features`.
         elsewhere: further datasets by name: a `synth` section over the condition's, as `cross.t2i.mAP` in `measure`.
         rerank: as in `evaluate --rerank`.
+        joint: as `evaluate --joint`, as `joint.t2i.mAP`; the conditions need people of two datasets.
     """
 
     query: Literal["caption", "identity+clothing", "identity", "clothing"] = "caption"
@@ -37,6 +39,7 @@ class Measures(Section):
     features: tuple[str, ...] = ()
     elsewhere: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rerank: tuple[str, ...] = ()
+    joint: bool = False
 
     @field_validator("analyses")
     @classmethod
@@ -45,6 +48,18 @@ class Measures(Section):
         if unknown:
             raise ValueError(f"unknown analysis `{unknown[0]}`; one of: {', '.join(ANALYSES)}")
         return names
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Measures":
+        if self.joint and JOINT in self.elsewhere:
+            raise ValueError(f"a dataset elsewhere cannot be called `{JOINT}` where `joint` is measured")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was measured before there was `joint` keeps its fingerprint."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if name != "joint" or value}
 
 
 class Condition(Section):
@@ -152,6 +167,10 @@ class Study(Section):
                 raise ValueError(f"condition `{name}`: names are lower-case letters, digits, - and _")
             _check_sections(condition.set, f"condition `{name}`")
         _check_sections(self.recipe, "recipe")
+        for name, condition in self.conditions.items():
+            people = merge(self.recipe, condition.set).get("synth", {})
+            if (condition.measure or self.measure).joint and people.get("domain") != "both":
+                raise ValueError(f"condition `{name}`: `measure.joint` needs `synth.domain: both`")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different numbers from 0, got {list(self.seeds)}")
         for claim in self.claims:

@@ -16,7 +16,7 @@ from reidctl.errors import DataError, UsageError
 from reidctl.evaluation import pairwise, protocols
 from reidctl.evaluation.composed import composed
 from reidctl.evaluation.pairwise import Pairwise
-from reidctl.evaluation.protocols import Evaluation, Protocol
+from reidctl.evaluation.protocols import JOINT, Direction, Evaluation, Protocol
 from reidctl.evaluation.reranking import caveats, evaluate_reranked
 from reidctl.evaluation.single_shot import single_shot
 from reidctl.evaluation.slices import slice_rows
@@ -25,12 +25,24 @@ from reidctl.retrieval.store import Stored
 from reidctl.runs import Run
 from reidctl.stages import results
 from reidctl.stages.index import model_digest, training_digest
-from reidctl.stages.measuring import Subject, check_people, check_query, embed, find_subject, protocols_of
+from reidctl.stages.measuring import (
+    Subject,
+    check_joint,
+    check_people,
+    check_query,
+    datasets_of,
+    embed,
+    find_subject,
+    joint_protocols,
+    protocols_of,
+    told_apart,
+)
 from reidctl.stages.references import chance_of, references
 from reidctl.stages.sources import find_source
 
 STAGE = results.STAGE
 PROTOCOLS = ("t2i", "i2i", "it2i", "single-shot")
+DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2i", "it2i")
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Asked:
         pairwise: depths of re-ranking text queries by the model's match head.
         weight: the image's share in an image+text query.
         seed: of the bootstrap, the label shuffle and the single-shot draws.
+        joint: also the queries of all datasets in one gallery.
     """
 
     protocols: tuple[str, ...] = ("t2i", "i2i")
@@ -52,6 +65,7 @@ class Asked:
     pairwise: tuple[Pairwise, ...] = ()
     weight: float = 0.5
     seed: int = 0
+    joint: bool = False
 
 
 @dataclass
@@ -79,6 +93,7 @@ def run(
     cutoffs: Sequence[int] | None = None,
     rerank: Sequence[str] = (),
     weight: float = 0.5,
+    joint: bool = False,
     device: str = "auto",
     data: Path | None = None,
     captions: Path | None = None,
@@ -97,6 +112,8 @@ def run(
         rerank: parameter sets of k-reciprocal re-ranking, such as `20/6/0.3`, and `pairwise/50` to re-rank the first 50
             images of every text query by the model's match head.
         weight: the image's share in an image+text query, in [0, 1].
+        joint: also the queries of all datasets in one gallery of all of them, as a dataset named `joint`; their numbers
+            are `joint.t2i` and so on in `metrics`, apart from the lowest of the datasets.
         device: where to compute.
         data: the dataset folder; default: the run's.
         captions: the table of identity and clothing texts.
@@ -106,13 +123,13 @@ def run(
 
     Raises:
         UsageError: an unknown kind of query, protocol or parameter set, or pairwise re-ranking that cannot be.
-        DataError: no model, no such split, a cutoff beyond the gallery, or nobody to find.
+        DataError: no model, no such split, a cutoff beyond the gallery, nobody to find, or no joint gallery.
     """
     check_query(query)
     resolve_device(device)
     sets = tuple(dict.fromkeys(parse(text) for text in rerank if not pairwise.is_pairwise(text)))
     pairs = tuple(dict.fromkeys(pairwise.parse(text) for text in rerank if pairwise.is_pairwise(text)))
-    asked = Asked(_known(measure), tuple(cutoffs) if cutoffs else None, sets, pairs, weight, seed)
+    asked = Asked(_known(measure), tuple(cutoffs) if cutoffs else None, sets, pairs, weight, seed, joint)
     source = find_source(run, data, captions)
     check_people(source)
     settings: dict[str, Any] = {
@@ -125,16 +142,19 @@ def run(
         "cutoffs": list(asked.cutoffs) if asked.cutoffs else None,
         "rerank": [*(parameters.name for parameters in asked.rerank), *(depth.name for depth in asked.pairwise)],
         "weight": weight,
+        **({"joint": True} if joint else {}),  # evaluations without it have the fingerprint they always had
     }
     inputs = source.digests()
-    if reuse and not force:
-        settings = _held(run, settings)
     current = None if force else run.up_to_date(STAGE, settings, inputs)
+    if current is None and reuse and not force:
+        current = run.up_to_date(STAGE, _held(run, settings), inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
     subject = find_subject(run, split=split, query=query, device=device, data=data, captions=captions)
     _check_pairwise(subject, asked)
+    if joint:
+        check_joint(subject)
     run.unfinish(STAGE)
     found = _measure(subject, asked)
     outputs = results.write_results(run, found.parts, found.slices, split=split, notes=found.notes)
@@ -145,7 +165,7 @@ def run(
         outputs=outputs,
         started=started,
         device=str(subject.device),
-        metrics=results.summary(found.parts),
+        metrics=_summary(found.parts, joint=joint),
         extra={
             "split": split,
             "tables": results.result_tables(found.parts),
@@ -159,7 +179,16 @@ def run(
 def _held(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, except that what is measured is what the run's evaluation measured."""
     held = (run.record(STAGE) or {}).get("settings", {})
-    return settings | {name: held[name] for name in ("measure", "cutoffs", "rerank", "weight") if name in held}
+    return settings | {name: held[name] for name in ("measure", "cutoffs", "rerank", "weight", "joint") if name in held}
+
+
+def _summary(parts: Sequence[Evaluation], *, joint: bool) -> dict[str, dict[str, float]]:
+    """The model's own numbers by direction, those of the joint gallery apart: a gate says which of them it guards."""
+    sides: tuple[list[Evaluation], list[Evaluation]] = ([], [])
+    for part in parts:
+        sides[joint and part.metrics["dataset"].iloc[0] == JOINT].append(part)
+    single, of_all = (results.summary(side) for side in sides)
+    return single | {f"{JOINT}.{direction}": held for direction, held in of_all.items()}
 
 
 def _known(names: Sequence[str]) -> tuple[str, ...]:
@@ -186,8 +215,13 @@ def _check_pairwise(subject: Subject, asked: Asked) -> None:
 def _measure(subject: Subject, asked: Asked) -> Found:
     stored = embed(subject)
     found = Found(notes=list(subject.notes))
-    for dataset in sorted(set(subject.corpus.images["dataset"])):
-        _dataset(subject, stored, str(dataset), asked, found)
+    for dataset in datasets_of(subject):
+        allowed, notes = protocols_of(subject, stored, dataset)
+        found.notes += notes
+        allowed += _composed(subject, stored, dataset, allowed, asked)
+        _protocols(subject, stored, allowed, asked, found)
+    if asked.joint:
+        _joint(subject, stored, asked, found)
     if not found.parts:
         raise DataError(
             f"No query of the {subject.split} split has a match under `--protocol {' '.join(asked.protocols)}`, so "
@@ -197,34 +231,52 @@ def _measure(subject: Subject, asked: Asked) -> Found:
     return found
 
 
-def _dataset(subject: Subject, stored: Stored, dataset: str, asked: Asked, found: Found) -> None:
-    """Add the model and its reference rows on one dataset, in the directions asked for where the data allow."""
-    allowed, notes = protocols_of(subject, stored, dataset)
+def _joint(subject: Subject, stored: Stored, asked: Asked, found: Found) -> None:
+    """Add the model and its reference rows on one gallery of all datasets."""
+    apart = told_apart(subject)
+    parts: dict[str, list[Protocol]] = {}
+    for dataset in datasets_of(apart):
+        allowed, _ = protocols_of(apart, stored, dataset)
+        parts[dataset] = [*allowed, *_composed(apart, stored, dataset, allowed, asked)]
+    shown = {"i2i"} if "single-shot" in asked.protocols else set()
+    directions: list[Direction] = [name for name in DIRECTIONS if name in {*asked.protocols, *shown}]
+    allowed, notes = joint_protocols(apart, stored, parts, directions=directions)
     found.notes += notes
+    _protocols(subject, stored, allowed, asked, found)
+
+
+def _protocols(subject: Subject, stored: Stored, allowed: Sequence[Protocol], asked: Asked, found: Found) -> None:
+    """Add the model and its reference rows in the directions asked for."""
     for protocol in allowed:
         if protocol.direction in asked.protocols:
             _direction(subject, protocol, asked, found)
         if protocol.direction == "i2i" and "single-shot" in asked.protocols:
             _single_shot(protocol, asked, found, str(subject.device))
-    if {protocol.direction for protocol in allowed} == {"t2i", "i2i"} and "it2i" in asked.protocols:
-        changing = next(part for part in allowed if part.direction == "i2i").exclude in (
-            "cloth_changing",
-            "same_outfit",
-        )
-        protocol = composed(
-            subject.corpus.images,
-            subject.texts,
-            stored.t2i,
-            by_image=stored.i2i,
-            dataset=dataset,
-            split=subject.split,
-            weight=asked.weight,
-            cloth_changing=changing,
-        )
-        _direction(subject, protocol, asked, found)
-        what = f"{asked.weight:g} image + {1 - asked.weight:g} text"
-        how = f"unit({what})" if stored.i2i is stored.t2i else f"ranked by the cosines {what}, each of its own vectors"
-        found.notes.append(f"{dataset}: image+text queries are {how}, not trained.")
+        if protocol.direction == "it2i":
+            what = f"{asked.weight:g} image + {1 - asked.weight:g} text"
+            own = f"ranked by the cosines {what}, each of its own vectors"
+            how = f"unit({what})" if stored.i2i is stored.t2i else own
+            found.notes.append(f"{protocol.dataset}: image+text queries are {how}, not trained.")
+
+
+def _composed(
+    subject: Subject, stored: Stored, dataset: str, allowed: Sequence[Protocol], asked: Asked
+) -> list[Protocol]:
+    """The protocol of image+text queries, if they are asked for and the data allow both."""
+    rules = {protocol.direction: protocol.exclude for protocol in allowed}
+    if "it2i" not in asked.protocols or set(rules) != {"t2i", "i2i"}:
+        return []
+    protocol = composed(
+        subject.corpus.images,
+        subject.texts,
+        stored.t2i,
+        by_image=stored.i2i,
+        dataset=dataset,
+        split=subject.split,
+        weight=asked.weight,
+        cloth_changing=rules["i2i"] in ("cloth_changing", "same_outfit"),
+    )
+    return [protocol]
 
 
 def _direction(subject: Subject, protocol: Protocol, asked: Asked, found: Found) -> None:

@@ -3,7 +3,8 @@
 Shared by the commands that measure: the evaluation itself, robustness settings, the cross-domain matrix, kept epochs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 
 from reidctl import tables
 from reidctl.console import log, progress
-from reidctl.data import Corpus
+from reidctl.data import Corpus, camera_names
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery_tasks, embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.evaluation import protocols
 from reidctl.evaluation.origin import other_tables
+from reidctl.evaluation.protocols import JOINT
 from reidctl.methods.base import Method, load_method
 from reidctl.retrieval.store import EmbeddingTable, Stored
 from reidctl.runs import Run
@@ -25,6 +27,11 @@ from reidctl.stages.index import indexed_tasks, label_rows, model_digest, read_i
 from reidctl.stages.sources import Source, find_source
 
 QUERIES = ("caption", "identity+clothing", "identity", "clothing")
+_NEEDED = {
+    "t2i": "captions",
+    "i2i": "images of both roles, or cameras",
+    "it2i": "captions beside images of both roles, or cameras",
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,71 @@ def protocols_of(subject: Subject, stored: Stored, dataset: str) -> tuple[list[p
         found.append(
             protocols.image_to_image(corpus.images, stored.i2i, dataset=dataset, split=split, cloth_changing=changing)
         )
+    return found, notes
+
+
+def datasets_of(subject: Subject) -> list[str]:
+    """Return the names of the datasets in the split, sorted."""
+    return sorted({str(name) for name in subject.corpus.images["dataset"]})
+
+
+def check_joint(subject: Subject) -> None:
+    """Refuse data that have no joint gallery.
+
+    Raises:
+        DataError: the split holds a single dataset, or one that is called as the joint table is.
+    """
+    names = datasets_of(subject)
+    if JOINT in names:
+        raise DataError(
+            f"A dataset here is called `{JOINT}`, as the table that `--joint` adds.",
+            hint="Import it under another name, or evaluate without --joint.",
+        )
+    if len(names) == 1:
+        raise DataError(
+            f"The {subject.split} split holds a single dataset, {names[0]}, so there is no gallery of several.",
+            hint="Evaluate without --joint, or join datasets with `reidctl data combine`.",
+        )
+
+
+def told_apart(subject: Subject) -> Subject:
+    """Return the subject with cameras called `dataset/camera`: camera c1 of one dataset is not that of another."""
+    images = subject.corpus.images
+    return replace(subject, corpus=replace(subject.corpus, images=images.assign(camera_id=camera_names(images))))
+
+
+def joint_protocols(
+    subject: Subject,
+    stored: Stored,
+    parts: Mapping[str, Sequence[protocols.Protocol]],
+    *,
+    directions: Collection[protocols.Direction],
+) -> tuple[list[protocols.Protocol], list[str]]:
+    """Return the protocols in which the queries of all datasets search one gallery, and notes about what is left out.
+
+    Text to image needs captions in one of the datasets, since every image is searched anyway. The other directions need
+    all datasets: one whose images have no part in them would be missing in the gallery.
+
+    Args:
+        subject: with cameras told apart.
+        stored: the vectors.
+        parts: the protocols of each dataset, from this subject.
+        directions: those that are asked for.
+    """
+    found: list[protocols.Protocol] = []
+    notes: list[str] = []
+    own = {name: {part.direction: part for part in mine} for name, mine in parts.items()}
+    for direction in directions:
+        lacking = [name for name, mine in own.items() if direction not in mine]
+        who = f"{JOINT}, {direction}: {' and '.join(lacking)} without {_NEEDED[direction]}"
+        if direction == "t2i" and len(lacking) < len(own):
+            images, split = subject.corpus.images.assign(dataset=JOINT), subject.split
+            found.append(protocols.text_to_image(images, subject.texts, stored.t2i, dataset=JOINT, split=split))
+            notes += [f"{who}: the images are searched, and no text asks for them."] if lacking else []
+        elif lacking:
+            notes.append(f"{who}, so no joint result.")
+        else:
+            found.append(protocols.together([mine[direction] for mine in own.values()]))
     return found, notes
 
 

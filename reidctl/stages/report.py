@@ -194,6 +194,9 @@ class _Writer:
     def _rankings(self) -> list[dict[str, Any]]:
         rankings = self._table(self.run.table("evaluate", "rankings"), "rankings")
         queries = self._table(self.run.table("evaluate", "queries"), "queries")
+        if dict(self.records.get("evaluate", {}).get("settings", {})).get("joint"):
+            # The same queries once more, against the images of all datasets: the lists show those of each dataset.
+            rankings, queries = (part[part["dataset"] != "joint"] for part in (rankings, queries))
         rankings = rankings[rankings["condition"] == "standard"]
         facts = {row.query_id: row for row in named_rows(queries[queries["condition"] == "standard"])}
         unmatched = {name for name, row in facts.items() if row.matches == 0}

@@ -17,7 +17,14 @@ STAGE = "seeds"
 # Recorded, but no other recipe: the kind of machine (said in a note) and which epochs are kept.
 _NOT_RECIPE = frozenset({"seed", "device", "train.keep_epochs"})
 # What else decides the numbers of an evaluation, and the flag that sets it.
-_MEASURED = {"measure": "protocol", "cutoffs": "ranks", "rerank": "rerank", "weight": "weight", "seed": "seed"}
+_MEASURED = {
+    "measure": "protocol",
+    "cutoffs": "ranks",
+    "rerank": "rerank",
+    "weight": "weight",
+    "seed": "seed",
+    "joint": "joint",
+}
 
 
 def run(run: Run, others: Sequence[Run], *, force: bool = False) -> dict[str, Any]:

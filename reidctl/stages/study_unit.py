@@ -19,6 +19,7 @@ from reidctl import console, tables
 from reidctl.config import parse_section
 from reidctl.errors import ReidctlError
 from reidctl.evaluation.alarms import ALARMS
+from reidctl.evaluation.protocols import JOINT
 from reidctl.evaluation.study import Measures
 from reidctl.runs import Run, fingerprint
 
@@ -254,9 +255,10 @@ def _do(job: Job) -> tuple[Values, ...]:
 def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Values:
     """Return every measured value by its dotted name; each measurement is kept and not repeated.
 
-    `t2i.mAP`, `cloth-changing.i2i.rank1` (conditions of `evaluate`), `chance.t2i.rank1`, `identity-only.t2i.mAP` and
-    `.drop` (robustness), `NAME.t2i.mAP` (elsewhere), names of `analyse`, `train.images_per_second`, `train.seconds`,
-    `prompt.seconds`, `weight.LOSS`, `pseudo.diversity`, `task_cosine`, `alarm.collapse`, ...
+    `t2i.mAP`, `cloth-changing.i2i.rank1` (conditions of `evaluate`), `joint.t2i.mAP` (all datasets in one gallery),
+    `chance.t2i.rank1`, `identity-only.t2i.mAP` and `.drop` (robustness), `NAME.t2i.mAP` (elsewhere), names of
+    `analyse`, `train.images_per_second`, `train.seconds`, `prompt.seconds`, `weight.LOSS`, `pseudo.diversity`,
+    `task_cosine`, `alarm.collapse`, ...
     """
     seed = int(unit.recipe["seed"])
     found = _of_training(unit.run, trained)
@@ -264,17 +266,24 @@ def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Value
         recipe = {**unit.dataset.recipe, "synth": {**unit.dataset.recipe.get("synth", {}), **synth}}
         other = Dataset(unit.home, recipe)
         other.make()
-        asked: dict[str, Any] = {"recipe": recipe, "query": measures.query, "rerank": measures.rerank}
-        values = _kept(unit, f"elsewhere-{name}", asked, lambda o=other: _evaluate(unit, measures, seed, o))
+        # A lone dataset elsewhere has no joint gallery.
+        there = measures if _two(recipe) else measures.replace(joint=False)
+        asked = {"recipe": recipe, **_asked(there)}
+        values = _kept(unit, f"elsewhere-{name}", asked, lambda o=other, m=there: _evaluate(unit, m, seed, o))
         found |= {f"{name}.{key}": value for key, value in values.items()}
     if measures.settings:
         found |= _kept(unit, "robustness", {"settings": measures.settings}, lambda: _robustness(unit, measures, seed))
     if measures.analyses:
         asked = {"what": measures.analyses, "features": measures.features}
         found |= _kept(unit, "analyse", asked, lambda: _analyse(unit, measures, seed))
-    asked = {"query": measures.query, "rerank": measures.rerank}
     # The standard evaluation comes last: its tables are the ones that stay in the run.
-    return found | _kept(unit, "evaluate", asked, lambda: _evaluate(unit, measures, seed, unit.dataset))
+    return found | _kept(unit, "evaluate", _asked(measures), lambda: _evaluate(unit, measures, seed, unit.dataset))
+
+
+def _asked(measures: Measures) -> dict[str, Any]:
+    """What decides the values of an evaluation; measured without `joint`, they are filed as before there was one."""
+    joint = {"joint": True} if measures.joint else {}
+    return {"query": measures.query, "rerank": measures.rerank, **joint}
 
 
 def _kept(unit: Unit, kind: str, asked: Mapping[str, Any], compute: Any) -> Values:
@@ -312,16 +321,19 @@ def _evaluate(unit: Unit, measures: Measures, seed: int, dataset: Dataset) -> Va
         unit.run,
         query=measures.query,
         rerank=measures.rerank,
+        joint=measures.joint,
         seed=seed,
         data=dataset.folder,
         captions=dataset.captions,
     )
     shown = [facts for facts in record["tables"].values() if not facts["about"]]
-    every = {facts["dataset"] for facts in shown}
+    single = [facts for facts in shown if not (measures.joint and facts["dataset"] == JOINT)]
+    every = {facts["dataset"] for facts in single}
     found: Values = {}
     for facts in shown:
-        having = {other["dataset"] for other in shown if other["direction"] == facts["direction"]}
-        for where in _places(facts["dataset"], every, having):
+        having = {other["dataset"] for other in single if other["direction"] == facts["direction"]}
+        places = _places(facts["dataset"], every, having) if facts in single else [f"{JOINT}."]
+        for where in places:
             for condition, metrics in facts["rows"].items():
                 prefix = "" if condition == "standard" else f"{condition}."
                 for metric, (value, _, _) in metrics.items():

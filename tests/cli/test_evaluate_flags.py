@@ -121,6 +121,9 @@ def test_a_model_of_one_dataset_is_measured_on_another(pair, tmp_path):
         (("--format", "html"), "`--format html`"),
         (("--min", "rank0=0.5"), "`--min rank0=0.5`"),
         (("--min", "rSum=3.5"), "`--min rSum=3.5`"),
+        (("--joint", "--min", "joint.rank1=0.5"), "joint.t2i.mAP"),
+        (("--matrix", "a", "--joint"), "cannot be combined"),
+        (("--embeddings", "a", "--joint"), "cannot be combined"),
         (("--matrix", "a", "--against", "b"), "cannot be combined"),
         (("--embeddings", "a", "--setting", "all"), "cannot be combined"),
         (("--embeddings", "a", "--data", "b"), "cannot be combined"),
@@ -132,6 +135,45 @@ def test_a_model_of_one_dataset_is_measured_on_another(pair, tmp_path):
 )
 def test_flags_that_mean_nothing_are_refused_in_one_sentence(args, words, chain):
     refused(2, words, args=("evaluate", "--run", chain.run, *args))
+
+
+@pytest.fixture(scope="module")
+def worlds(chain, tmp_path_factory):
+    """A run whose model is measured on two datasets that it never saw, joined; and the flags that say so."""
+    folder = tmp_path_factory.mktemp("worlds")
+    data = ("--people", "10", "--images-per-person", "3", "--size", "64x32", "--domain", "both", "--captioned", "a")
+    further = ("--seed", "9", "--set", "synth.first=500", "--workers", "1")
+    assert cli("data", "synth", *data, *further, "--run", folder / "synth").code == 0
+    assert cli("data", "combine", folder / "synth", "--run", folder / "both").code == 0
+    run = chain.copy(folder, "finetune")
+    return ("evaluate", "--run", run, "--data", folder / "both" / "data")
+
+
+def test_a_joint_gallery_is_a_further_table_with_gates_of_its_own_and_nothing_published(worlds):
+    plain, found = cli(*worlds, "--json").json, cli(*worlds, "--joint", "--json").json
+    more = {name.split(":")[0] for name in set(found["tables"]) - set(plain["tables"])}
+    assert more == {"t2i", "i2i"} and {"t2i:joint", "i2i:joint"} <= set(found["tables"])
+    assert found["metrics"].keys() - plain["metrics"].keys() == {"joint.t2i", "joint.i2i"}
+    assert {name: found["metrics"][name] for name in plain["metrics"]} == plain["metrics"]
+    sizes = {name: part["gallery"] for name, part in found["tables"].items()}
+    assert sizes["i2i:joint"] == sizes["i2i:synthped-a"] + sizes["i2i:synthped-b"]
+    value = found["metrics"]["joint.i2i"]["mAP"]
+    assert value == found["tables"]["i2i:joint"]["rows"]["standard"]["mAP"][0]
+    assert cli(*worlds, "--joint", "--min", f"joint.i2i.mAP={value - 1e-6}", "--min", "joint.t2i.rank1=0").code == 0
+    missed = cli(*worlds, "--joint", "--min", f"joint.i2i.mAP={value + 1e-3}")
+    assert missed.code == 5 and "joint.i2i mAP is" in missed.err and "joint, image" in missed.out.lower()
+    # An analysis takes the evaluation that is there; nobody published anything about this gallery.
+    told = cli(*worlds, "--compare", "--json").json
+    assert told["tables"] == found["tables"] and {part["title"].split(",")[0] for part in told["published"]} == {
+        "synthped-a",
+        "synthped-b",
+    }
+    unknown = cli(*worlds, "--min", "joint.i2i.mAP=0")
+    assert unknown.code == 5 and "joint.i2i mAP was not measured" in unknown.err and "--joint" in unknown.err
+
+
+def test_one_dataset_has_no_joint_gallery(chain):
+    refused(3, "single dataset", "data combine", args=("evaluate", "--run", chain.run, "--joint"))
 
 
 def test_a_rank_beyond_the_gallery_is_refused_and_leaves_the_old_result(chain, tmp_path):

@@ -55,6 +55,8 @@ def test_a_circle_of_bases_is_refused(tmp_path):
         ("draw: {kind: curve}", "a curve needs `x`"),
         ("measure: {analyses: [tea-leaves]}", "unknown analysis `tea-leaves`"),
         ("recipe: {seed: {}}", "unknown recipe section `seed`"),
+        ("measure: {joint: true}", "condition `a`: `measure.joint` needs `synth.domain: both`"),
+        ("measure: {joint: true, elsewhere: {joint: {}}}", "cannot be called `joint`"),
     ],
 )
 def test_a_wrong_study_is_refused_with_the_key_and_what_was_meant(tmp_path, text, message):
@@ -101,6 +103,17 @@ def test_equal_trainings_of_two_studies_are_one(tmp_path):
     plans = stage._plans(tmp_path, [write(tmp_path, SMALL), write(tmp_path, other, "other.yaml")], [0, 1])
     assert len(stage._wanted(plans)) == 4
     assert plans[0].units["a", 1].name == plans[1].units["again", 1].name != plans[0].units["a", 0].name
+
+
+def test_a_study_without_a_joint_gallery_reads_as_before_there_was_one(tmp_path):
+    """Or finished studies would be judged again."""
+    both = SMALL + "recipe: {synth: {domain: both}}\nmeasure: {joint: true}\n"
+    plain, joint = load_study(write(tmp_path, SMALL)), load_study(write(tmp_path, both, "joint.yaml"))
+    names = {"query", "settings", "analyses", "features", "elsewhere", "rerank"}
+    assert set(plain.model_dump(mode="json")["measure"]) == names
+    assert joint.model_dump(mode="json")["measure"] == {**plain.model_dump(mode="json")["measure"], "joint": True}
+    assert joint.measure.replace(rerank=("1/1/0.3",)).joint
+    assert "joint" not in plain.measure.model_dump_json() and plain.measure != joint.measure
 
 
 def test_another_seed_or_start_is_another_training(tmp_path):

@@ -8,7 +8,7 @@ from reidctl import tables
 from reidctl.errors import UsageError
 from reidctl.evaluation.study import Measures, load_study
 from reidctl.runs import Run
-from reidctl.stages import study
+from reidctl.stages import evaluate, study, study_unit
 from reidctl.stages.study_unit import Dataset, Job, Unit, home_of, measure
 
 SYNTH = {
@@ -122,6 +122,51 @@ def test_both_datasets_are_trained_on_and_measured_by_their_names(unit):
     assert values["blur.t2i.mAP"] == values["synthped-a.blur.t2i.mAP"]
     assert "synthped-b.identity-only.t2i.mAP" in values and "identity-only.t2i.mAP" not in values
     assert measure(unit, record, measures) == values
+
+
+def rows(*names):
+    """What `evaluate` would leave of these tables."""
+    tables = {
+        name: {"direction": name[:3], "dataset": name[4:], "about": "", "rows": {"standard": {"mAP": [0.5, 0, 1]}}}
+        for name in names
+    }
+    return {"tables": tables}
+
+
+def test_a_joint_table_has_its_own_name_and_changes_that_of_no_other(unit, monkeypatch):
+    asked = []
+
+    def fake(run, *, joint, **options):
+        asked.append(joint)
+        return rows("t2i:a", "i2i:a", "i2i:b", *(["t2i:joint", "i2i:joint"] if joint else []))
+
+    monkeypatch.setattr(evaluate, "run", fake)
+    plain = study_unit._evaluate(unit, Measures(), 3, unit.dataset)
+    joint = study_unit._evaluate(unit, Measures(joint=True), 3, unit.dataset)
+    assert set(plain) == {"a.t2i.mAP", "t2i.mAP", "a.i2i.mAP", "b.i2i.mAP"}
+    assert set(joint) == {*plain, "joint.t2i.mAP", "joint.i2i.mAP"} and asked == [False, True]
+
+
+def test_what_was_measured_without_a_joint_gallery_is_filed_as_before_there_was_one():
+    assert study_unit._asked(Measures()) == {"query": "caption", "rerank": ()}
+    assert study_unit._asked(Measures(joint=True)) == {"query": "caption", "rerank": (), "joint": True}
+
+
+@pytest.mark.slow
+def test_a_study_measures_the_joint_gallery_where_there_are_two_datasets(unit):
+    record = unit.train()
+    plain = measure(unit, record, Measures())
+    elsewhere = {
+        "far": {"seed": 9, "first": 700},
+        "lone": {"domain": "b", "captioned": "both", "crossing": 0, "first": 900},
+    }
+    values = measure(unit, record, Measures(joint=True, elsewhere=elsewhere))
+    found = unit.run.require("evaluate")["tables"]
+    assert values["joint.t2i.mAP"] == found["t2i:joint"]["rows"]["standard"]["mAP"][0]
+    assert values["joint.i2i.rank1"] == found["i2i:joint"]["rows"]["standard"]["rank1"][0]
+    assert {"joint.chance.i2i.mAP", "far.joint.t2i.mAP"} <= set(values)
+    assert not any(name.startswith("lone.joint") for name in values) and "lone.t2i.mAP" in values
+    assert {name: values[name] for name in plain} == plain
 
 
 def test_trainings_and_data_of_one_dataset_are_called_what_they_were_called_before_there_were_two():
