@@ -54,6 +54,8 @@ class Batch:
         frozen: features that a prompt stage keeps instead of computing: names that start with `image` have a row per
             sample, names that start with `text` a row per text.
         domain: which dataset a sample is from, shape (B,), int64; numbers follow the sorted names of the datasets.
+        camera: which of the cameras that the method knows (`Roster.cameras`) took each image, shape (B,), int64; -1 for
+            another or an unknown one; None where no method asks.
     """
 
     image: Tensor | None = None
@@ -65,6 +67,7 @@ class Batch:
     has_fusion: Tensor | None = None
     has_text: Tensor | None = None
     domain: Tensor | None = None
+    camera: Tensor | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -106,7 +109,10 @@ class Batch:
         if self.has_text is None:
             return self
         rows = self.has_text.nonzero().flatten()
-        kept = {name: getattr(self, name) for name in ("image", "person", "clothing_group", "has_fusion", "domain")}
+        kept = {
+            name: getattr(self, name)
+            for name in ("image", "person", "clothing_group", "has_fusion", "domain", "camera")
+        }
         parts: dict[str, Any] = {name: value if value is None else value[rows] for name, value in kept.items()}
         whole = {name: value if name.startswith("text") else value[rows] for name, value in self.frozen.items()}
         return replace(
@@ -117,3 +123,23 @@ class Batch:
             text_id=tuple(self.text_id[row] for row in rows.tolist()) if self.text_id else (),
             has_text=None,
         )
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who and what is in a training set, for methods that tell datasets or cameras apart; it is saved with the model.
+
+    Attributes:
+        domains: names of the datasets, sorted; their numbers are those of `Batch.domain`.
+        people: for each dataset the numbers of its people, rising; a person may be in several.
+        cameras: names `dataset/camera`, sorted; their numbers are those of `Batch.camera`.
+    """
+
+    domains: tuple[str, ...] = ()
+    people: tuple[tuple[int, ...], ...] = ()
+    cameras: tuple[str, ...] = ()
+
+    @classmethod
+    def single(cls, persons: int) -> "Roster":
+        """Return the roster of people of one nameless dataset, taken by nameless cameras."""
+        return cls(("",), (tuple(range(persons)),))

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from reidctl.augment import AugmentConfig, Erase, Interpolation, apply_erase, augment_pixels
-from reidctl.batch import Batch, Tokens
+from reidctl.batch import Batch, Roster, Tokens
 from reidctl.console import log
 from reidctl.errors import DataError
 from reidctl.pixels import PixelStore, normalise
@@ -92,6 +92,43 @@ def training_part(train: Corpus, part: str) -> Corpus:
     if not len(rows):
         raise DataError(f"The training split has no {part} images.", hint="Set data.part to `all`.")
     return train.of_rows(rows)
+
+
+def camera_names(images: pd.DataFrame) -> npt.NDArray[np.object_]:
+    """Return `dataset/camera` of each image, None where the camera is unknown; cameras of two datasets never agree."""
+    names = images["dataset"].astype(str) + "/" + images["camera_id"].astype(str)
+    return names.astype(object).where(images["camera_id"].notna(), None).to_numpy(dtype=object)
+
+
+def camera_numbers(images: pd.DataFrame, cameras: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return the place of each image's camera among `cameras`, -1 for another or an unknown one."""
+    place = {name: number for number, name in enumerate(cameras)}
+    return np.asarray([place.get(name, -1) for name in camera_names(images)], np.int64)
+
+
+def roster_of(images: pd.DataFrame) -> Roster:
+    """Return the roster of a training split; people, datasets and cameras are numbered in the order of their names."""
+    persons = sorted(set(images["person_id"]))
+    number = {name: place for place, name in enumerate(persons)}
+    datasets = images["dataset"].astype(str)
+    domains = tuple(sorted(set(datasets)))
+    people = tuple(tuple(sorted({number[name] for name in images["person_id"][datasets == one]})) for one in domains)
+    return Roster(domains, people, tuple(sorted({name for name in camera_names(images) if name is not None})))
+
+
+def datasets_part(corpus: Corpus, names: Sequence[str]) -> Corpus:
+    """Return the part of a corpus in some of its datasets; empty names mean all.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    if not names:
+        return corpus
+    known = sorted(set(corpus.images["dataset"].astype(str)))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise DataError(f"There are no images of dataset `{unknown[0]}`.", hint=f"Known: {', '.join(known)}.")
+    return corpus.of_rows(np.flatnonzero(corpus.images["dataset"].isin(names)))
 
 
 def _split_hint(splits: Sequence[str]) -> str:
@@ -264,6 +301,8 @@ class TrainingSet:
         index = {name: number for number, name in enumerate(self.persons)}
         self.person_of_row = np.asarray([index[name] for name in corpus.images["person_id"]], np.int64)
         self.domains, self.domain_of_row = np.unique(corpus.images["dataset"].astype(str), return_inverse=True)
+        cameras = sorted({name for name in camera_names(corpus.images) if name is not None})
+        self.camera_of_row = camera_numbers(corpus.images, cameras)
         # A combination may hold one picture twice, captioned in one dataset and not in the other.
         names = [digest or name for digest, name in zip(corpus.images["sha256"], self._names, strict=True)]
         self.picture_of_row = np.asarray(pd.factorize(np.asarray(names, object))[0], np.int64)
@@ -413,6 +452,7 @@ class TrainingSet:
             has_fusion=torch.from_numpy(fusion >= 0),
             has_text=None if paired.all() else torch.from_numpy(paired),
             domain=torch.from_numpy(self.domain_of_row[rows]),
+            camera=torch.from_numpy(self.camera_of_row[rows]),
         )
 
     def _pixels(self, samples: Sequence[Sample]) -> torch.Tensor:

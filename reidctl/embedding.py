@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from reidctl.batch import Batch, Tokens
-from reidctl.data import Corpus
+from reidctl.data import Corpus, camera_numbers
 from reidctl.errors import DataError
 from reidctl.loading import loader_threads
 from reidctl.methods.base import Method, Task
@@ -64,13 +64,15 @@ def embed_gallery_tasks(
         corpus.paths(), backbone.image_size, cache_bytes=0, interpolation=backbone.interpolation
     )
     names = list(corpus.images["image_id"])
+    cameras = torch.from_numpy(camera_numbers(corpus.images, method.cameras)) if method.cameras else None
     pieces: dict[Task, list[Vector]] = {task: [] for task in method.tasks}
     with torch.inference_mode():
         for rows, image in image_batches(
             store, backbone.mean, backbone.std, batch=batch, threads=loader_threads(device.type)
         ):
             tokens = {kind: backbone.tokenize(all_texts[rows]) for kind, all_texts in texts.items()}
-            given = Batch(image=image, texts=tokens, image_id=tuple(names[rows])).to(device)
+            camera = None if cameras is None else cameras[rows]
+            given = Batch(image=image, texts=tokens, image_id=tuple(names[rows]), camera=camera).to(device)
             made = method.embed_tasks(given)
             for task, members in pieces.items():
                 members.append(made[task].float().cpu().numpy())

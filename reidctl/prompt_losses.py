@@ -1,4 +1,4 @@
-"""The losses of Hierarchical Prompt Learning (HPL, Zhou et al., arXiv:2511.13575): pure functions of tensors.
+"""The losses between images and learnt prompts (HPL, arXiv:2511.13575; CLIP-ReID, arXiv:2211.13977): pure functions.
 
 As in `losses`: scalar results in float32 or float64, zero with a gradient of zeros where nothing takes part.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reidctl.losses import contrast, cross_entropy, in_full_precision, zero
+from reidctl.losses import contrast, cross_entropy, in_full_precision, supcon, zero
 
 Space = Literal["unit", "raw"]
 
@@ -109,3 +109,56 @@ def prompt_regularisation(text: Tensor, image: Tensor) -> Tensor:
         text, image: pseudo-tokens, shape (B, M, W).
     """
     return (text - image).square().sum(dim=(1, 2)).mean() if len(text) else zero(text, image)
+
+
+@in_full_precision
+def prompt_contrast(
+    image: Tensor, prompt: Tensor, person: Tensor, owner: Tensor, *, temperature: float = 1.0, normalize: bool = False
+) -> Tensor:
+    """Contrast of images with their people's prompts, one prompt per image, both directions (CLIP-ReID stage 1, L_con).
+
+    `losses.supcon` of image i and the prompt r_i of person_i: prompts repeat where people do, as in the published code,
+    and all same-person columns are positives. Prompts are given once per person.
+
+    Args:
+        image: shape (B, D).
+        prompt: one feature per person, shape (U, D).
+        person: of the images, shape (B,); every one is in `owner`.
+        owner: person of each prompt, shape (U,), different numbers.
+        temperature: > 0; published is 1 on the dot product of features that are not normalised.
+        normalize: put both on the unit sphere first; then 0.07 is a usual temperature.
+
+    Returns:
+        Scalar in nats, image to prompt plus prompt to image.
+    """
+    if normalize:
+        image, prompt = F.normalize(image, dim=-1), F.normalize(prompt, dim=-1)
+    own = (person[:, None] == owner[None, :]).int().argmax(dim=1)
+    return supcon(image, prompt[own], person, person, temperature=temperature)
+
+
+@in_full_precision
+def image_to_text(
+    image: Tensor,
+    prompt: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    normalize: bool = False,
+    smoothing: float = 0.1,
+) -> Tensor:
+    """Classification of images among the prompts of all people, L_i2t (CLIP-ReID stage 2).
+
+    Cross-entropy of v_i . r_j / temperature over all people j at j = target_i, with label smoothing; the published code
+    has no temperature and does not normalise.
+
+    Args:
+        image: shape (B, D).
+        prompt: shape (N, D), row y for person y.
+        target: shape (B,), in 0..N-1.
+        temperature, normalize: see `prompt_contrast`.
+        smoothing: in [0, 1].
+    """
+    if normalize:
+        image, prompt = F.normalize(image, dim=-1), F.normalize(prompt, dim=-1)
+    return cross_entropy(image @ prompt.T / temperature, target, smoothing=smoothing)

@@ -200,18 +200,19 @@ def alternating_batches(
     domain: Indices,
     *,
     batch: int,
-    instances: int,
+    instances: int | None,
     power: float,
     rng: np.random.Generator,
 ) -> list[Indices]:
-    """Return P x K batches of one domain each; domain d gets a share of size_d ** power of the batches.
+    """Return batches of one domain each; domain d gets a share of size_d ** power of the batches.
 
     The epoch is long enough for every person of every domain to appear; a domain that runs out is dealt anew. The
-    domains take turns as evenly as their shares allow. MTA-CLIP does not state its rule; 0.5 is our reading.
+    domains take turns as evenly as their shares allow. MTA-CLIP does not state its rule; 0.5 is our reading. Of one
+    domain they are the batches of `identity_batches` or `random_batches`.
 
     Args:
         person, image, domain: identity index, picture and dataset of every sample, shape (S,).
-        batch, instances: P * K and K.
+        batch, instances: P * K and K; without K the batches are random ones (`random_batches`).
         power: 1 is proportional to size, 0 gives every domain the same.
         rng: decides everything.
     """
@@ -220,6 +221,8 @@ def alternating_batches(
     share /= share.sum()
 
     def deal(samples: Indices) -> list[Indices]:
+        if instances is None:
+            return [samples[rows] for rows in random_batches(image[samples], batch=batch, rng=rng)]
         found = identity_batches(
             person[samples], image[samples], batch=batch, instances=instances, rng=rng, what="part of one dataset"
         )

@@ -44,9 +44,10 @@ class TrainConfig(Section):
     epochs: int = Field(60, ge=0)
     """0 keeps the starting weights: zero-shot."""
     batch: int = Field(64, ge=2)
-    sampler: Literal["identity", "random", "mixed", "alternating"] = "identity"
+    sampler: Literal["identity", "random", "mixed", "alternating", "alternating-random"] = "identity"
     """`identity` draws `instances` samples of each of batch / instances people; `mixed` adds `batch_images` images
-    without captions to `batch` captioned ones; `alternating` takes each batch from one dataset, in turns."""
+    without captions to `batch` captioned ones; `alternating` takes each identity batch from one dataset, in turns, and
+    `alternating-random` each random one."""
     instances: int = Field(4, ge=1)
     batch_images: int = Field(64, ge=2)
     """Caption-free images in a `mixed` batch, `instances` of each person."""
@@ -65,6 +66,8 @@ class TrainConfig(Section):
     """Learning rate of prompt tokens; None: `lr_new`."""
     bias_lr_factor: float = 2.0
     """Biases learn this much faster, without weight decay."""
+    decay_biases: bool = False
+    """Biases have weight decay too, as in CLIP-ReID's code."""
     weight_decay: float = 4e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -74,6 +77,13 @@ class TrainConfig(Section):
     milestones: tuple[int, ...] = (20, 50)
     gamma: float = 0.1
     """Factor at each milestone (`step`) or each epoch (`exponential`)."""
+    final_factor: float = Field(0.0, ge=0, le=1)
+    """Where the cosine ends, as a factor on the rate."""
+    cosine_over: Literal["rest", "all"] = "rest"
+    """The cosine begins where the warm-up ends, or runs over all epochs under it, as timm's and so CLIP-ReID's."""
+    first_epoch: Literal[0, 1] = 0
+    """The number of the first epoch for warm-up, milestones and cosine: 1 in CLIP-ReID's code, which steps the schedule
+    before each epoch."""
     schedule_by: Literal["epoch", "step"] = "epoch"
     """Whether the rate changes after each epoch, as published, or smoothly after each step."""
     clip_grad_norm: float | None = None
@@ -96,7 +106,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "TrainConfig":
-        sizes = [] if self.sampler == "random" else [self.batch]
+        sizes = [] if self.sampler in ("random", "alternating-random") else [self.batch]
         if self.sampler == "mixed":
             sizes = [self.batch_images, *([self.batch] if self.mixed_pairs == "identity" else [])]
         for size in sizes:
@@ -145,15 +155,18 @@ class Outcome:
 def learning_rate_factor(config: TrainConfig, epoch: float) -> float:
     """Return the factor on every learning rate at `epoch` (0-based, fractional when scheduled by step).
 
-    Warm-up: linear from `warmup_factor` to 1 over `warmup_epochs`. Then cosine: (1 + cos(pi p)) / 2 with p the share
-    of the remaining epochs; step: gamma per milestone passed; exponential: gamma ** epoch.
+    Warm-up: linear from `warmup_factor` to 1 over `warmup_epochs`. Then cosine: f + (1 - f) (1 + cos(pi p)) / 2 with f
+    the `final_factor` and p the share of the remaining epochs, or of all (`cosine_over`); step: gamma per milestone
+    passed; exponential: gamma ** epoch. Epochs are counted from `first_epoch`.
     """
+    epoch += config.first_epoch
     if epoch < config.warmup_epochs:
         share = epoch / config.warmup_epochs
         return config.warmup_factor * (1 - share) + share
     if config.schedule == "cosine":
-        remaining = max(config.epochs - config.warmup_epochs, 1e-9)
-        return 0.5 * (1 + math.cos(math.pi * min((epoch - config.warmup_epochs) / remaining, 1.0)))
+        start = config.warmup_epochs if config.cosine_over == "rest" else 0.0
+        share = min((epoch - start) / max(config.epochs - start, 1e-9), 1.0)
+        return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * share))
     if config.schedule == "step":
         return float(config.gamma ** sum(epoch >= milestone for milestone in config.milestones))
     if config.schedule == "exponential":
@@ -164,8 +177,8 @@ def learning_rate_factor(config: TrainConfig, epoch: float) -> float:
 def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.optim.Optimizer:
     """Return the optimiser with one parameter group per role, decay and bias rule.
 
-    Parameters that a stage leaves out are frozen. Biases and parameters flagged `_no_weight_decay` (A_log and D of a
-    Mamba layer) have no decay.
+    Parameters that a stage leaves out are frozen. Biases (unless `decay_biases`) and parameters flagged
+    `_no_weight_decay` (A_log and D of a Mamba layer) have no decay.
     """
     rates = {
         "image": config.lr,
@@ -181,7 +194,7 @@ def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.op
             parameter.requires_grad_(True)
             bias = name.endswith("bias")
             rate = rates[role] * (config.bias_lr_factor if bias else 1.0)
-            bare = bias or getattr(parameter, "_no_weight_decay", False)
+            bare = (bias and not config.decay_biases) or getattr(parameter, "_no_weight_decay", False)
             groups.setdefault((rate, 0.0 if bare else config.weight_decay), []).append(parameter)
     described = [
         {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
@@ -278,13 +291,13 @@ class Trainer:
             return random_batches(image, batch=config.batch, rng=rng)
         if config.sampler == "identity":
             return identity_batches(person, image, batch=config.batch, instances=config.instances, rng=rng)
-        if config.sampler == "alternating":
+        if config.sampler in ("alternating", "alternating-random"):
             return alternating_batches(
                 person,
                 image,
                 samples.domain_of_row[samples.row_of_sample],
                 batch=config.batch,
-                instances=config.instances,
+                instances=config.instances if config.sampler == "alternating" else None,
                 power=config.alternation_power,
                 rng=rng,
             )

@@ -5,7 +5,7 @@ projection; `cls`, `patches`, `pooled` and `tokens` are in the joint space of wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from reidctl.config import Section
 from reidctl.errors import UsageError
 
 Triple = tuple[float, float, float]
+Adapt = Callable[[Tensor], Tensor]
+"""Patch tokens (B, N, width_image) to changed ones of the same shape."""
 
 
 class BackboneConfig(Section):
@@ -119,12 +121,18 @@ class Tower(nn.Module, ABC):
         """Return the block's output tokens (B, T, width) and its attention probabilities if asked for."""
 
     def run_blocks(
-        self, tokens: Tensor, mask: Tensor | None, attention: bool
+        self, tokens: Tensor, mask: Tensor | None, attention: bool, before_last: Adapt | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-        """Return the tokens after the last block, the tokens that entered it, and all attention maps if asked for."""
+        """Return the tokens after the last block, the tokens that entered it, and all attention maps if asked for.
+
+        `before_last` changes all tokens in front of the last block.
+        """
         maps: list[Tensor] = []
         previous = tokens
-        for block in self.blocks:
+        blocks = self.blocks
+        for number, block in enumerate(blocks):
+            if before_last is not None and number == len(blocks) - 1:
+                tokens = before_last(tokens)
             previous = tokens
             if self.checkpointing and self.training and not attention:
                 tokens, _ = checkpoint(self.run_block, block, tokens, mask, False, use_reentrant=False)
@@ -154,6 +162,11 @@ class ImageTower(Tower):
 
     @property
     @abstractmethod
+    def tail(self) -> Sequence[nn.Parameter]:
+        """The parameters behind the last block: the last norm and the projection."""
+
+    @property
+    @abstractmethod
     def last_mlp_weight(self) -> nn.Parameter:
         """The output weight of the last block's MLP: the last weight that all image losses share (GradNorm)."""
 
@@ -166,6 +179,8 @@ class ImageTower(Tower):
         isolation: Isolation = "none",
         keep: Tensor | None = None,
         attention: bool = False,
+        shift: Tensor | None = None,
+        adapt: Adapt | None = None,
     ) -> ImageFeatures:
         """See `Backbone.encode_image`."""
 
@@ -244,6 +259,8 @@ class Backbone(nn.Module):
         isolation: Isolation = "none",
         keep: Tensor | None = None,
         attention: bool = False,
+        shift: Tensor | None = None,
+        adapt: Adapt | None = None,
     ) -> ImageFeatures:
         """Return class and patch features of images.
 
@@ -255,6 +272,9 @@ class Backbone(nn.Module):
                 (patches do not see class tokens either: no path between class tokens is left).
             keep: bool (B, N); patches with False are dropped: no token attends to them.
             attention: also return the attention probabilities of every block (slower, quadratic memory).
+            shift: added to the class token of each image, shape (B, width_image): what is known about the image beside
+                its pixels, such as its camera (CLIP-ReID's side information embedding).
+            adapt: changes the patch tokens (B, N, width_image) that enter the last block; class tokens see the result.
 
         Raises:
             UsageError: the images are not of `image_size`.
@@ -265,7 +285,9 @@ class Backbone(nn.Module):
                 f"{self.image_size[0]}x{self.image_size[1]}.",
                 hint="Resize the images, or build the backbone with that image_size.",
             )
-        return self.image.encode(images, extra_cls=extra_cls, isolation=isolation, keep=keep, attention=attention)
+        return self.image.encode(
+            images, extra_cls=extra_cls, isolation=isolation, keep=keep, attention=attention, shift=shift, adapt=adapt
+        )
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, L, width_text) of token ids (B, L), before positions are added."""
@@ -299,7 +321,15 @@ def last_real(mask: Tensor) -> Tensor:
     return mask.sum(dim=1) - 1
 
 
-def join_class_tokens(first: Tensor, extra: Tensor | None, batch: int) -> Tensor:
-    """Return the class tokens (B, K, width): the tower's own one first, then the extra ones."""
+def join_class_tokens(first: Tensor, extra: Tensor | None, batch: int, shift: Tensor | None = None) -> Tensor:
+    """Return the class tokens (B, K, width): the tower's own one first, then the extra ones, each plus `shift`."""
     stacked = first[None] if extra is None else torch.cat([first[None], extra.to(first.dtype)])  # (K, width)
-    return stacked.expand(batch, -1, -1)
+    joined = stacked.expand(batch, -1, -1)
+    return joined if shift is None else joined + shift[:, None].to(first.dtype)
+
+
+def of_patches(adapt: Adapt | None, classes: int) -> Adapt | None:
+    """Return a change of patch tokens as one of all tokens that leaves the first `classes` of them alone."""
+    if adapt is None:
+        return None
+    return lambda tokens: torch.cat([tokens[:, :classes], adapt(tokens[:, classes:])], dim=1)

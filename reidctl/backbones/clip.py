@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reidctl.backbones.attention import Isolation, attend, split_heads, token_mask
 from reidctl.backbones.base import (
+    Adapt,
     Backbone,
     BackboneConfig,
     ImageFeatures,
@@ -22,6 +23,7 @@ from reidctl.backbones.base import (
     Tower,
     join_class_tokens,
     last_real,
+    of_patches,
 )
 from reidctl.backbones.checkpoints import (
     Checkpoint,
@@ -105,6 +107,10 @@ class ClipImageTower(_ClipTower, ImageTower):
         return cast(nn.Module, self.blocks[-1].ln_1)
 
     @property
+    def tail(self) -> Sequence[nn.Parameter]:
+        return [*self.visual.ln_post.parameters(), cast(nn.Parameter, self.visual.proj)]
+
+    @property
     def last_mlp_weight(self) -> nn.Parameter:
         return cast(nn.Parameter, cast(Any, self.blocks[-1]).mlp.c_proj.weight)
 
@@ -119,15 +125,17 @@ class ClipImageTower(_ClipTower, ImageTower):
         isolation: Isolation = "none",
         keep: Tensor | None = None,
         attention: bool = False,
+        shift: Tensor | None = None,
+        adapt: Adapt | None = None,
     ) -> ImageFeatures:
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, V)
-        classes = join_class_tokens(self.class_token, extra_cls, len(images)).to(patches.dtype)  # (B, K, V)
+        classes = join_class_tokens(self.class_token, extra_cls, len(images), shift).to(patches.dtype)  # (B, K, V)
         table = self.visual.positional_embedding.to(patches.dtype)
         # Extra class tokens share the first one's position, so they differ only by content.
         tokens = self.visual.ln_pre(torch.cat([classes + table[0], patches + table[1:]], dim=1))
         count = classes.shape[1]
         mask = token_mask(count, patches.shape[1], isolation, keep, patches.device)
-        tokens, previous, maps = self.run_blocks(tokens, mask, attention)
+        tokens, previous, maps = self.run_blocks(tokens, mask, attention, of_patches(adapt, count))
         hidden = self.visual.ln_post(tokens)
         joint = self.project(hidden)
         return ImageFeatures(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from reidctl.backbones.attention import Isolation, attend, split_heads, token_mask
 from reidctl.backbones.base import (
+    Adapt,
     Backbone,
     BackboneConfig,
     ImageFeatures,
@@ -22,6 +23,7 @@ from reidctl.backbones.base import (
     TextTower,
     Tower,
     join_class_tokens,
+    of_patches,
 )
 from reidctl.backbones.tokenizers import WordPieceTokenizer
 from reidctl.config import Section
@@ -165,6 +167,10 @@ class VitTower(_Tower, ImageTower):
         return cast(EncoderBlock, self.layers[-1]).norm1
 
     @property
+    def tail(self) -> Sequence[nn.Parameter]:
+        return [*self.norm.parameters(), *self.projection.parameters()]
+
+    @property
     def last_mlp_weight(self) -> nn.Parameter:
         return cast(nn.Parameter, cast(EncoderBlock, self.layers[-1]).fc2.weight)
 
@@ -176,14 +182,16 @@ class VitTower(_Tower, ImageTower):
         isolation: Isolation = "none",
         keep: Tensor | None = None,
         attention: bool = False,
+        shift: Tensor | None = None,
+        adapt: Adapt | None = None,
     ) -> ImageFeatures:
         patches = self.patch_projection(images).flatten(2).transpose(1, 2)  # (B, N, V)
-        classes = join_class_tokens(self.cls_token, extra_cls, len(images)).to(patches.dtype)  # (B, K, V)
+        classes = join_class_tokens(self.cls_token, extra_cls, len(images), shift).to(patches.dtype)  # (B, K, V)
         # Extra class tokens share the first one's position, so they differ only by content.
         tokens = self.dropout(torch.cat([classes + self.positions[0], patches + self.positions[1:]], dim=1))
         count = classes.shape[1]
         mask = token_mask(count, patches.shape[1], isolation, keep, patches.device)
-        tokens, previous, maps = self.run_blocks(tokens, mask, attention)
+        tokens, previous, maps = self.run_blocks(tokens, mask, attention, of_patches(adapt, count))
         hidden = self.norm(tokens)
         joint = self.project(hidden)
         return ImageFeatures(

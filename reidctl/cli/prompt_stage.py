@@ -13,7 +13,7 @@ EPILOG = "Example:  reidctl prompt-stage --run runs/demo --method hpl-tiny --set
 def command(
     run: o.RunDir = o.DEFAULT_RUN,
     method: Annotated[
-        str | None, typer.Option(help="A method or preset that learns prompts, e.g. hpl, hpl-tiny.")
+        str | None, typer.Option(help="A method or preset that learns prompts, e.g. hpl, clip-reid, mta-clip-tiny.")
     ] = None,
     device: o.Device = None,
     data: o.Data = None,

@@ -8,6 +8,7 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from torch.nn import functional
 from reidctl import tables
 from reidctl.backbones.base import Backbone
 from reidctl.backbones.weights import from_config
-from reidctl.batch import Batch
+from reidctl.batch import Batch, Roster
 from reidctl.config import Section, parse_section
 from reidctl.errors import DataError, UsageError
 from reidctl.layers.matching import Encoded
@@ -45,6 +46,11 @@ class MethodConfig(Section):
     def needs_prompt_stage(self) -> bool:
         """Whether `finetune` cannot start without the result of the prompt stage."""
         return False
+
+    @property
+    def spares_prompt_stage(self) -> str:
+        """The setting with which `finetune` does without a prompt stage, for messages; empty if none does."""
+        return ""
 
     def prompt_settings(self) -> dict[str, Any]:
         """The settings that the result of the prompt stage depends on, by name; plain values only."""
@@ -72,6 +78,10 @@ class Method(nn.Module, ABC):
     stages: ClassVar[tuple[str, ...]] = ("finetune",)
     loss_weights: ClassVar[Mapping[str, float]] = {}
     learns_without_text: ClassVar[bool] = False
+    reads_roster: ClassVar[bool] = False
+    """Whether its constructor takes a `roster`, and its saved form holds one."""
+    roster: Roster = Roster()
+    """Datasets and cameras of the training set, for methods that ask for it."""
 
     def __init__(self, config: MethodConfig, backbone: Backbone, persons: int) -> None:
         super().__init__()
@@ -94,6 +104,16 @@ class Method(nn.Module, ABC):
     def tasks(self) -> tuple[Task, ...]:
         """The vectors that an image has: `t2i` is compared with texts; with `i2i` too, images are compared by it."""
         return ("t2i",)
+
+    @property
+    def selects_by(self) -> Task:
+        """The direction of retrieval that chooses the epoch, where a validation split allows both."""
+        return "t2i"
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras, `dataset/camera`, that its image encoder tells apart; usually none."""
+        return ()
 
     @property
     def gallery_texts(self) -> tuple[str, ...]:
@@ -279,6 +299,52 @@ class Method(nn.Module, ABC):
         """
         return {"embedding": self.embed_images(batch)}
 
+    def token_maps(self, batch: Batch, partner: Tensor) -> dict[Task, Tensor]:
+        """Return the Grad-CAM maps of the image vectors, each (B, h, w), in [0, 1] per image; see `explain`.
+
+        `t2i`, where the batch has texts, follows the cosine with the image's text; `i2i` the cosine with the vector
+        of another image. An image that is its own partner has no gradient: nothing is nearer to it than itself.
+
+        Args:
+            batch: B images, or B image-text pairs.
+            partner: for each image another one of the person, normalised, (B, 3, H, W).
+        """
+        with torch.no_grad():
+            other = self._image_vector(Batch(image=partner))
+
+        def score() -> Tensor:
+            return (self._image_vector(batch) * other).sum()
+
+        found: dict[Task, Tensor] = {"t2i": self._gradcam(batch)} if "full" in batch.texts else {}
+        found["i2i"] = self._gradcam(batch, score)
+        return {
+            task: (value / value.amax(dim=1, keepdim=True).clamp_min(1e-12)).reshape(len(batch), *self.backbone.grid)
+            for task, value in found.items()
+        }
+
+    def _image_vector(self, batch: Batch) -> Tensor:
+        """The vectors by which images are compared with images, (B, D)."""
+        made = self.embed_tasks(batch)
+        return made["i2i"] if "i2i" in made else made["t2i"]
+
+    def activation(self, batch: Batch) -> Tensor:
+        """Return how much each patch speaks for its image's feature, shape (B, h, w), in [0, 1].
+
+        max(0, cos(patch, class token)) in the joint space. The length of a patch's feature, which convolutional
+        networks are drawn by, says nothing here: the last norm makes all lengths nearly equal.
+        """
+        seen = self.backbone.encode_image(batch.require("image"))
+        return self._towards(seen.patches, seen.cls[:, 0])
+
+    def _towards(self, patches: Tensor, feature: Tensor) -> Tensor:
+        """max(0, cos) of patches (B, N, D) with a feature of their image (B, D), as maps (B, h, w)."""
+        cosine = torch.einsum("bnd,bd->bn", unit(patches), unit(feature))
+        return cosine.clamp_min(0).reshape(len(patches), *self.backbone.grid)
+
+    def extra_parts(self, batch: Batch) -> dict[str, Callable[[], Tensor]]:
+        """Return modules of its own whose cost is worth a row of its own, by name, as calls on a batch."""
+        return {}
+
     def explain(self, batch: Batch, explainer: Explainer = "gradcam") -> Tensor:
         """Return how much each image region supports its text, shape (B, h, w), in [0, 1] per image.
 
@@ -354,7 +420,9 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-def build_method(name: str, settings: Mapping[str, Any], backbone: Backbone, persons: int) -> Method:
+def build_method(
+    name: str, settings: Mapping[str, Any], backbone: Backbone, persons: int, roster: Roster | None = None
+) -> Method:
     """Return an untrained method.
 
     Args:
@@ -362,11 +430,13 @@ def build_method(name: str, settings: Mapping[str, Any], backbone: Backbone, per
         settings: its recipe section, without `name`.
         backbone: the towers.
         persons: number of training identities.
+        roster: of the training set; None: one dataset without cameras. Read by few methods.
     """
     cls = method_class(name)
     config = parse_section(cls.Config, settings, "method")
+    more = {"roster": roster or Roster.single(persons)} if cls.reads_roster else {}
     try:
-        return cls(config, backbone, persons)
+        return cls(config, backbone, persons, **more)
     except (ValueError, AssertionError) as error:
         # Layers check what only they know: that heads divide a width, that chunks do.
         raise UsageError(f"`{name}` cannot be built with these settings: {error}.") from None
@@ -383,6 +453,7 @@ def save_method(method: Method, folder: Path) -> list[Path]:
         "config": method.config.model_dump(),
         "backbone": method.backbone.config.model_dump(),
         "persons": method.persons,
+        **({"roster": asdict(method.roster)} if method.reads_roster else {}),
     }
     tables.write_text(facts, json.dumps(described, indent=2) + "\n")
     return [weights, facts]
@@ -415,9 +486,10 @@ def load_method(folder: Path, device: torch.device | str = "cpu") -> Method:
         if described["format"] != FORMAT:
             raise DataError(f"{facts} is model format {described['format']}; this reidctl reads {FORMAT}.")
         backbone = from_config(described["backbone"])
-        method = build_method(described["method"], described["config"], backbone, described["persons"])
+        roster = _roster(described["roster"]) if "roster" in described else None
+        method = build_method(described["method"], described["config"], backbone, described["persons"], roster)
         state = load_file(weights)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"The model in {folder} is damaged: {error}.") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
@@ -429,6 +501,11 @@ def load_method(folder: Path, device: torch.device | str = "cpu") -> Method:
     if lacking or unexpected:
         raise DataError(f"{weights} does not fit: missing {lacking[:3]}, unexpected {list(unexpected)[:3]}.")
     return method.to(device).eval()
+
+
+def _roster(saved: Mapping[str, Any]) -> Roster:
+    people = tuple(tuple(int(number) for number in members) for members in saved["people"])
+    return Roster(tuple(saved["domains"]), people, tuple(saved["cameras"]))
 
 
 def unit(features: Tensor) -> Tensor:

@@ -131,6 +131,11 @@ class HplConfig(MethodConfig):
         """Stage II needs stage I unless nothing is learnt there, or everything at once."""
         return self.inverts and self.two_stage
 
+    @property
+    def spares_prompt_stage(self) -> str:
+        """Everything at once."""
+        return "method.two_stage=false"
+
     def prompt_settings(self) -> dict[str, Any]:
         """Everything that stage I reads of the settings."""
         names = ("prompts", "template", "identity_template", "n_id_tokens", "n_inst_tokens", "id_tokens", "inversion",
@@ -621,28 +626,6 @@ class Hpl(Method):
         if self.config.inverts:
             found["pseudo"] = self.pseudo_image(seen.tokens).flatten(1).float()
         return found
-
-    def token_maps(self, batch: Batch, partner: Tensor) -> dict[Task, Tensor]:
-        """Return the Grad-CAM maps of the two class features, each (B, h, w), in [0, 1] per image; see `explain`.
-
-        `t2i` follows cos(v_t2i, t_eos of the image's text), `i2i` cos(`i2i_feature`, that of another image). An image
-        that is its own partner has no gradient: nothing is nearer to it than itself.
-
-        Args:
-            batch: B image-text pairs.
-            partner: for each image another one of the person, normalised, (B, 3, H, W).
-        """
-        with torch.no_grad():
-            other = unit(self._i2i(self.split(self.see(partner))))
-
-        def score() -> Tensor:
-            return (unit(self._i2i(self.split(self.see(batch.require("image"))))) * other).sum()
-
-        found: dict[Task, Tensor] = {"t2i": self._gradcam(batch), "i2i": self._gradcam(batch, score)}
-        return {
-            task: (value / value.amax(dim=1, keepdim=True).clamp_min(1e-12)).reshape(len(batch), *self.backbone.grid)
-            for task, value in found.items()
-        }
 
     # What the training says about itself
 

@@ -14,7 +14,7 @@ from reidctl.backbones.statistics import check_statistics
 from reidctl.backbones.weights import build
 from reidctl.config import Section, load_recipe, merge, parse_section, recipe_names
 from reidctl.console import log
-from reidctl.data import Corpus, TrainingSet
+from reidctl.data import Corpus, TrainingSet, datasets_part, roster_of
 from reidctl.errors import UsageError
 from reidctl.methods.base import Method, MethodConfig, build_method, load_method, method_class, method_names
 from reidctl.runs import Run, digest
@@ -30,6 +30,8 @@ class BackboneSettings(Section):
     """`clip:<open_clip name>/<tag, hub id or path>`, `vit-bert:<hub id or path>+<hub id or path>`, `clip:tiny`, ..."""
     image_size: tuple[int, int] | None = None
     """(height, width) in pixels; None: the checkpoint's own."""
+    stride: int | None = Field(None, ge=1)
+    """Step between patches in pixels: 12 with patches of 16 overlaps them, as in TransReID; None: the patch size."""
     text_length: int | None = Field(None, ge=8, le=1024)
     """Most tokens of a text; None: the checkpoint's own (77 for CLIP). Longer texts lose their end."""
     pixel_statistics: Literal["checkpoint", "clip", "imagenet", "half"] = "checkpoint"
@@ -108,7 +110,17 @@ def what_matters(training: TrainConfig) -> dict[str, Any]:
     """The settings that decide what a training leaves; later ones only where they are used."""
     unused = set() if training.keep_epochs else {"keep_epochs"}
     unused |= {"lr_prompt"} if training.lr_prompt is None else set()
+    # Younger than finished runs: they stay up to date.
+    unused |= {name for name in _YOUNG if getattr(training, name) == TrainConfig.model_fields[name].default}
     return training.model_dump(exclude={"device", "workers", "cache_mb", "log_every", "cache", "use", *unused})
+
+
+_YOUNG = ("decay_biases", "final_factor", "cosine_over", "first_epoch")
+
+
+def towers_that_matter(towers: BackboneSettings) -> dict[str, Any]:
+    """The settings of `backbone` that decide what a training leaves; where the starting run lies does not."""
+    return towers.model_dump(exclude={"start", *(("stride",) if towers.stride is None else ())})
 
 
 def where_used(handling: DataSettings) -> dict[str, Any]:
@@ -120,12 +132,15 @@ def where_used(handling: DataSettings) -> dict[str, Any]:
         used |= {"caption_noise": handling.caption_noise, "caption_noise_kind": handling.caption_noise_kind}
     if handling.part != "all":
         used["part"] = handling.part
+    if handling.datasets:
+        used["datasets"] = sorted(handling.datasets)
     return used
 
 
 def corpus_of(source: Source, handling: DataSettings, seed: int) -> Corpus:
-    """Return the images and texts, with the texts exchanged that the settings ask for."""
-    corpus = exchange_descriptions(source.corpus(), handling.description_noise, seed=seed)
+    """Return the images and texts of the datasets asked for, with the texts exchanged that the settings ask for."""
+    corpus = datasets_part(source.corpus(), handling.datasets)
+    corpus = exchange_descriptions(corpus, handling.description_noise, seed=seed)
     return degrade_captions(corpus, handling.caption_noise_kind, handling.caption_noise, seed=seed)
 
 
@@ -137,7 +152,8 @@ def build_model(train: Corpus, checked: Settings, training: TrainConfig, seed: i
     backbone = _starting_towers(towers)
     backbone.set_grad_checkpointing(towers.grad_checkpointing)
     _prepare_images(backbone, towers, training)
-    model = build_method(checked.name, checked.method.model_dump(), backbone, train.images["person_id"].nunique())
+    persons = int(train.images["person_id"].nunique())
+    model = build_method(checked.name, checked.method.model_dump(), backbone, persons, roster_of(train.images))
     _check_sampler(model, training.sampler)
     return model
 
@@ -197,12 +213,13 @@ def _starting_towers(towers: BackboneSettings) -> Backbone:
         UsageError: the starting run has other towers or sizes than this one asks for.
     """
     if towers.start is None:
-        return build(towers.spec, image_size=towers.image_size, text_length=towers.text_length)
+        return build(towers.spec, image_size=towers.image_size, text_length=towers.text_length, stride=towers.stride)
     backbone = load_method(start_folder(towers.start)).backbone
     for name, asked, found in (
         ("spec", towers.spec, backbone.config.spec),
         ("image_size", towers.image_size, backbone.image_size),
         ("text_length", towers.text_length, backbone.context_length),
+        ("stride", towers.stride, backbone.config.stride),
     ):
         if asked is not None and asked != found:
             raise UsageError(

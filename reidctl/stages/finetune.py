@@ -69,7 +69,7 @@ def run(
         "seed": seed,
         "method": {"name": name, **checked.method.model_dump()},
         # Where the starting run lies does not matter, what it learnt does: `inputs` has its digest.
-        "backbone": towers.model_dump(exclude={"start"}),
+        "backbone": building.towers_that_matter(towers),
         # What cannot change the weights does not make a training another one.
         "train": building.what_matters(training),
         "device": target.type,
@@ -199,7 +199,7 @@ def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Vali
 
     `rank1` and `mAP` choose the epoch. Where both directions can be measured, `i2i.rank1` and `i2i.mAP` of the image
     vectors of that task, from the same forward pass, stand beside them, so that one task cannot quietly pay for the
-    other.
+    other. A method that `selects_by` image to image is measured by that alone; all datasets are one gallery then.
     """
     people = corpus.images["person_id"].to_numpy()
     texts = [str(text) for text in corpus.captions["text"]]
@@ -209,7 +209,8 @@ def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Vali
         gallery = embed_gallery_tasks(method, corpus, device=device, store=store)
         image = _image_to_image(corpus, gallery["i2i"])
         found = image
-        if texts:
+        by_image = method.selects_by == "i2i" and image is not None and bool(image.scored)
+        if texts and not by_image:
             queries = embed_queries(method, texts, device=device)
             found = evaluate_ranking(queries, gallery["t2i"], query_person=owners, gallery_person=people, top=0).queries
         if found is None or not found.scored:
@@ -217,7 +218,7 @@ def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Vali
                 "No query of the split that chooses the epoch has a match, so no epoch can be chosen.",
                 hint="It needs captions, or query and gallery roles with several cameras per person.",
             )
-        both = {"i2i.": image} if texts and image is not None and image.scored else {}
+        both = {"i2i.": image} if texts and not by_image and image is not None and image.scored else {}
         return {
             f"{prefix}{name}": part.means()[name]
             for prefix, part in ({"": found} | both).items()

@@ -27,7 +27,7 @@ from reidctl.stages.sources import Source, find_source
 from reidctl.training import Outcome, PromptConfig, Trainer
 
 STAGE = "prompt-stage"
-_SPOILT = ("caption_noise", "caption_noise_kind", "part")
+_SPOILT = ("caption_noise", "caption_noise_kind", "part", "datasets")
 
 
 def run(
@@ -70,7 +70,7 @@ def run(
     resolved = {
         "seed": seed,
         "method": {"name": checked.name, **checked.method.prompt_settings()},
-        "backbone": checked.towers.model_dump(exclude={"start"}),
+        "backbone": building.towers_that_matter(checked.towers),
         "prompt": {**building.what_matters(training), "cache": training.cache},
         "device": target.type,
         **building.where_used(checked.handling),
@@ -206,7 +206,7 @@ def require(run: Run, checked: Settings, source: Source) -> dict[str, Any]:
         raise DataError(
             f"{run.path} has no finished prompt stage, which `{checked.name}` builds on.",
             hint=f"Run `reidctl prompt-stage --method {checked.name} --run {run.path}` first, name another run with "
-            "`--set prompt.use=RUN`, or train at once with `--set method.two_stage=false`.",
+            f"`--set prompt.use=RUN`, or do without: `--set {checked.method.spares_prompt_stage}`.",
         )
     asked = {"name": checked.name, **checked.method.prompt_settings()}
     learnt = record["settings"]["method"]

@@ -37,6 +37,10 @@ class DataSettings(Section):
     part: Literal["all", "captioned", "caption-free"] = "all"
     """Which training images `finetune` and `prompt-stage` use: a single-task model sees only its own set."""
 
+    datasets: tuple[str, ...] = ()
+    """Names of the datasets, of several combined ones, that `finetune` and `prompt-stage` train on and choose the epoch
+    by; empty: all. The others then count as unseen."""
+
     @field_validator("leak_check", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:

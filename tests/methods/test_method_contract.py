@@ -19,6 +19,8 @@ SETTINGS = {
     "irra": ("clip:micro", {"mlm_layers": 1}),
     "bdam": ("vit-bert:micro", {"depth": 1, "heads": 2, "fusion": {"width": 16, "out_dim": 16, "sequence": "tokens"}}),
     "hpl": ("clip:micro", {"inversion": {"layers": 1, "heads": 2}, "n_id_tokens": 2, "n_inst_tokens": 2}),
+    "clip-reid": ("clip:micro", {"n_id_tokens": 2}),
+    "mta-clip": ("clip:micro", {"n_id_tokens": 2, "sga": {"groups": 4, "gamma_init": 0.1}, "unfreeze_blocks": "all"}),
 }
 CPU = resolve_device("cpu")
 
@@ -42,7 +44,8 @@ def training_batch(method, folder, rows=range(12)):
         mean=backbone.mean,
         std=backbone.std,
         tokenize=backbone.tokenize,
-        texts=method.train_texts,
+        # Those that learn from images alone still embed texts.
+        texts=("full",) if method.name in ("clip-reid", "mta-clip") else method.train_texts,
         target=method.target_text,
         augment=AugmentConfig(flip=0, pad=0, erase=0),
     )
