@@ -10,7 +10,10 @@ from reidctl.cli.output import emit, percent, table
 
 EPILOG = "Example:  reidctl analyse --run runs/demo --what probes,clones"
 
-_WHAT = "probes, dependence, clones, gates, tsne, efficiency, architecture"
+_WHAT = (
+    "probes, dependence, clones, gates, compactness, tsne, cam, attention, pseudo, words, alarms, efficiency, "
+    "architecture"
+)
 # What the short table shows; every number is in the table `analysis`.
 _SHOWN = {
     "probes": {"clothing", "body", "person", "person-across-outfits"},
@@ -38,6 +41,13 @@ def command(
         typer.Option(metavar="NAME", help="Features that probes read, e.g. identity (repeatable). Default: all."),
     ] = None,
     sensitive: Annotated[bool, typer.Option("--sensitive", help="Also probe skin and ethnicity.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Set its model beside this one on the same images (tsne, compactness)."),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Compute features anew and keep none (RUN/features).")
+    ] = False,
     device: o.Device = None,
     data: o.Data = None,
     captions: o.Captions = None,
@@ -63,6 +73,8 @@ def command(
         data=data,
         captions=captions,
         seed=seed or 0,
+        against=Run(against) if against else None,
+        cache=not no_cache,
         force=force,
     )
     lines = [] if json_ else [*_lines(run), *record["notes"]]
@@ -76,17 +88,44 @@ def _lines(run: Path) -> list[str]:
     frame = tables.read_table(Run(run).table("analyse", "analysis"), "analysis")
     rows = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
     shown = [row for row in rows if _short(row)]
+    costs = _costs([row for row in rows if row["analysis"] == "efficiency"])
+    if not shown:
+        return costs
     columns = ["analysis", "value", "low", "high", "control", "chance", "p"]
     title = (
-        "Percent with 95 % intervals; dependence, silhouettes and std as they are. All of it: analyse/analysis.parquet"
+        "Percent with 95 % intervals; dependence, distances, silhouettes and std as they are. All of it: "
+        "analyse/analysis.parquet"
     )
-    return table(columns, [_cells(row) for row in shown], title)
+    return [*table(columns, [_cells(row) for row in shown], title), *costs]
+
+
+def _costs(rows: list[dict[str, Any]]) -> list[str]:
+    """What each part costs, one line per part; nothing if it was not measured."""
+    parts: dict[str, dict[str, float]] = {}
+    for row in rows:
+        parts.setdefault(row["feature"], {})[row["metric"]] = row["value"]
+    if not parts:
+        return []
+    columns = ["part", "parameters", "trainable", "GFLOP/item", "kept MiB/item", "ms/batch", "items/s"]
+    lines = [
+        [
+            part,
+            f"{cost['parameters']:,.0f}",
+            f"{cost['trainable']:,.0f}",
+            f"{cost['flops'] / 1e9:.3g}",
+            f"{cost['kept_bytes'] / 2**20:.3g}",
+            f"{cost['milliseconds']:.3g}",
+            f"{cost['items_per_second']:,.0f}",
+        ]
+        for part, cost in parts.items()
+    ]
+    return table(columns, lines, f"Costs of each part, batches of {rows[0]['items']}")
 
 
 def _short(row: dict[str, Any]) -> bool:
     """Whether a number is among those that sum up an analysis."""
     if row["analysis"] == "efficiency":
-        return row["metric"] in ("parameters", "flops", "items_per_second")
+        return False
     if (row["feature"].startswith("pooled_") and row["analysis"] != "dependence") or row["metric"] == "std":
         return False
     if row["analysis"] == "probes":
@@ -95,7 +134,11 @@ def _short(row: dict[str, Any]) -> bool:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    fraction = row["analysis"] in ("probes", "clones") or row["metric"] == "mean"
+    fraction = row["analysis"] in ("probes", "clones") or row["metric"].removesuffix("-difference") in (
+        "mean",
+        "person",
+        "objects",
+    )
     show = percent if fraction else _plain
     named = [row["analysis"], row["feature"], row["target"], "" if row["metric"] == "accuracy" else row["metric"]]
     numbers = [show(row[key]) for key in ("value", "low", "high", "control", "chance")]

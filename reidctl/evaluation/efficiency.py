@@ -83,8 +83,9 @@ def measure_costs(
     """Return what a method costs on random pixels and words, by part; the method itself is not changed.
 
     Parts: `image` (`embed_images`), `text` (`embed_texts`), `fusion` if the method has one (see `measure_fusion`), and
-    `step` (losses and backward pass; GradNorm is at its first step, where it takes no gradients of its own).
-    `image`, `text` and `fusion` are timed and counted as in retrieval, in evaluation mode and without gradients.
+    `step` (losses and backward pass; GradNorm is at its first step, where it takes no gradients of its own); behind
+    `text` each of the method's `extra_parts`, on inputs that it gets for nothing. All but `step` are timed and counted
+    as in retrieval, in evaluation mode and without gradients.
 
     Args:
         batch: images and texts per pass, >= 1.
@@ -107,6 +108,7 @@ def measure_costs(
             "text": lambda: model.embed_texts(given),
         }
         measure = _Measure(model, trained, list(_tensors(given)), batch=batch, repeats=repeats, device=device)
+        runs |= _extra_parts(model, given)
         found = {part: measure(run) for part, run in runs.items()}
         fusion = getattr(model, "fusion", None)
         if isinstance(fusion, Fusion):
@@ -114,6 +116,16 @@ def measure_costs(
             length = given.texts["full"].ids.shape[1]
             found["fusion"] = _measure_fusion(fusion, trained, patches, length, batch, repeats, device)
         found["step"] = measure(lambda: model.objective(model.losses(given, stage)), train=True)
+    return found
+
+
+def _extra_parts(model: Method, given: Batch) -> dict[str, Callable[[], Tensor]]:
+    """The method's own parts; what they read is made here, so that it is no part of their cost."""
+    model.eval()
+    with torch.no_grad():
+        found = model.extra_parts(given)
+    taken = sorted({"image", "text", "fusion", "step"} & set(found))
+    assert not taken, f"`{model.name}` calls a part `{taken[0]}`"
     return found
 
 
@@ -218,6 +230,7 @@ def example_batch(method: Method, size: int, *, text_length: int | None = None, 
         clothing_group=rows,
         has_fusion=torch.ones(size, dtype=torch.bool),
         domain=torch.zeros_like(rows),
+        camera=torch.zeros_like(rows) if method.cameras else None,
     )
 
 

@@ -18,6 +18,8 @@ Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.object_]
 
 PERMUTATIONS = 20
+_BLOCK = 1024
+_NOTHING = 1e-12  # a distance that is only rounding
 
 
 @dataclass(frozen=True)
@@ -56,35 +58,67 @@ def silhouette(
     values, code = np.unique(label.astype(str), return_inverse=True)
     if not 2 <= len(values) < len(label):
         return None
-    unit = np.asarray(features, np.float64)
-    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-    distance = np.maximum(1 - unit @ unit.T, 0)
-    np.fill_diagonal(distance, 0)
-    each = _silhouettes(distance, code)
+    rows = unit(features)
+    each = _silhouettes(rows, code)
     alone = len(set(zip(label, person, strict=True))) == len(values)  # one person per label
     controls = []
     for number in range(permutations):
         rng = np.random.default_rng((seed, 35, number))
         exchanged = rng.permutation(label) if alone else labels_of_others(label, person, rng)
         found, given = np.unique(exchanged.astype(str), return_inverse=True)
-        controls.append(float(_silhouettes(distance, given).mean()) if len(found) > 1 else 0.0)
+        controls.append(float(_silhouettes(rows, given).mean()) if len(found) > 1 else 0.0)
     return Silhouette(
         bootstrap_interval(each, person, seed=seed), float(np.mean(controls)), len(label), len(set(person))
     )
 
 
-def _silhouettes(distance: Floats, code: npt.NDArray[np.int64]) -> Floats:
-    """The silhouette of every image from all distances (N, N) and label numbers (N,)."""
-    member = np.eye(int(code.max()) + 1)[code]  # (N, K)
-    total, size = distance @ member, member.sum(axis=0)
-    rows = np.arange(len(code))
-    own = total[rows, code] / np.maximum(size[code] - 1, 1)
-    other = total / size
-    other[rows, code] = np.inf
-    near = other.min(axis=1)
-    larger = np.maximum(own, near)
-    value = np.divide(near - own, larger, out=np.zeros(len(code)), where=larger > 0)
-    return np.where(size[code] > 1, value, 0.0)
+def silhouettes(features: npt.NDArray[Any], label: Labels) -> Floats:
+    """Return the silhouette of every image (N,), see `Silhouette`; 0 where its label has no other image.
+
+    Args:
+        features: shape (N, D).
+        label: at least two different ones, shape (N,).
+    """
+    return _silhouettes(unit(features), np.unique(label.astype(str), return_inverse=True)[1])
+
+
+def unit(features: npt.NDArray[Any]) -> Floats:
+    """Return features (N, D) at length 1 in float64; rows of zeros stay zeros."""
+    rows = np.asarray(features, np.float64)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+
+
+def _silhouettes(rows: Floats, code: npt.NDArray[np.int64]) -> Floats:
+    """The silhouette of every image from unit rows (N, D) and label numbers (N,).
+
+    The distances to a label add up to n - u . (sum of its rows), so no matrix of all distances is needed.
+    """
+    size = np.bincount(code).astype(np.float64)
+    sums = sums_by(rows, code)
+    found = np.empty(len(code))
+    for start in range(0, len(code), _BLOCK):
+        some, own_label = rows[start : start + _BLOCK], code[start : start + _BLOCK]
+        place = np.arange(len(some))
+        total = size - some @ sums.T  # (block, K)
+        # Its distance to itself is 0 by definition, also where its row is zero.
+        itself = 1 - (some * some).sum(axis=1)
+        own = (total[place, own_label] - itself) / np.maximum(size[own_label] - 1, 1)
+        other = total / size
+        other[place, own_label] = np.inf
+        near, own = np.maximum(other.min(axis=1), 0), np.maximum(own, 0)
+        larger = np.maximum(own, near)
+        value = np.divide(near - own, larger, out=np.zeros(len(some)), where=larger > _NOTHING)
+        found[start : start + _BLOCK] = np.where(size[own_label] > 1, value, 0.0)
+    return found
+
+
+def sums_by(rows: Floats, code: npt.NDArray[np.int64]) -> Floats:
+    """Return the sum of the rows (N, D) of each number of `code` (N,), shape (largest + 1, D)."""
+    order = np.argsort(code, kind="stable")
+    found = np.zeros((int(code.max()) + 1, rows.shape[1]))
+    present, first = np.unique(code[order], return_index=True)
+    found[present] = np.add.reduceat(rows[order], first, axis=0)
+    return found
 
 
 def tsne(features: npt.NDArray[Any], *, seed: int = 0) -> Floats:
@@ -99,11 +133,10 @@ def tsne(features: npt.NDArray[Any], *, seed: int = 0) -> Floats:
     """
     from sklearn.manifold import TSNE
 
-    unit = np.asarray(features, np.float64)
-    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    rows = unit(features)
     # The width of the start must not be 0: equal features get an arbitrary map instead of an error.
-    if unit.shape[1] < 2 or np.allclose(unit, unit[0]):
-        unit = np.hstack([unit, np.random.default_rng(seed).normal(scale=1e-4, size=(len(unit), 2))])
-    perplexity = min(30.0, (len(unit) - 1) / 3)
+    if rows.shape[1] < 2 or np.allclose(rows, rows[0]):
+        rows = np.hstack([rows, np.random.default_rng(seed).normal(scale=1e-4, size=(len(rows), 2))])
+    perplexity = min(30.0, (len(rows) - 1) / 3)
     model = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed, n_jobs=1)
-    return np.asarray(model.fit_transform(unit), np.float64)
+    return np.asarray(model.fit_transform(rows), np.float64)

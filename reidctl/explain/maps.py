@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from reidctl import tables
 from reidctl.batch import Batch, Tokens
-from reidctl.data import Corpus
+from reidctl.data import Corpus, camera_numbers
 from reidctl.errors import DataError
 from reidctl.methods.base import Explainer, Method
 from reidctl.pixels import PixelStore, normalise
@@ -154,7 +154,10 @@ def pair_batch(
         tokens[kind] = backbone.tokenize([str(described[row]) for row in rows])
     pixels = np.stack([store[row] for row in rows])
     names = tuple(str(corpus.images["image_id"].iloc[row]) for row in rows)
-    return Batch(image=normalise(pixels, backbone.mean, backbone.std), texts=tokens, image_id=names)
+    camera = (
+        torch.from_numpy(camera_numbers(corpus.images.iloc[list(rows)], method.cameras)) if method.cameras else None
+    )
+    return Batch(image=normalise(pixels, backbone.mean, backbone.std), texts=tokens, image_id=names, camera=camera)
 
 
 def _rows(phrases: Sequence[Phrase], relevance: Heat, similarity: Heat, explainer: str) -> pd.DataFrame:

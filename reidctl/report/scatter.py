@@ -1,6 +1,8 @@
 """Figures of `analyse`: numbers of several features side by side, and maps of features in two dimensions."""
 
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,7 @@ def tsne_map(
     figure = Figure(figsize=(3.8 * len(panels) + 0.4, 4.9), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = points[points["panel"] == name]
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_facecolor("none")
-        for spine in axes.spines.values():
-            spine.set_color(GRID)
+        _bare(axes)
         axes.set_xlabel("t-SNE 1", size=8, color=INK)
         axes.set_ylabel("t-SNE 2", size=8, color=INK)
         if name == "streams":
@@ -89,6 +87,70 @@ def tsne_map(
     width = 62 * len(panels)
     figure.supxlabel("\n".join(textwrap.wrap(note, width)), size=7.5, color=INK, x=0.02, ha="left")
     return save_figure(figure, stem, points)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the models that are shown side by side.
+
+    Attributes:
+        panel: its value in the column `panel`.
+        title: what people read above.
+        feature: which of its features.
+        below: a number that belongs to it.
+    """
+
+    panel: str
+    title: str
+    feature: str
+    below: str
+
+
+def tsne_sides(
+    points: pd.DataFrame, sides: Sequence[Side], stem: Path, *, highlight: tuple[str, ...], note: str
+) -> list[Path]:
+    """Draw t-SNE maps of the same images by several models side by side, some people in the same colours.
+
+    Args:
+        points: columns panel, model, feature, image_id, person_id, x, y.
+        sides: from left to right.
+        stem: where to write, without the ending.
+        highlight: people with a colour of their own; the others are grey.
+        note: written below.
+    """
+    figure = Figure(figsize=(3.8 * len(sides) + 0.4, 5.2), layout="constrained")
+    colours = SERIES[:-1]  # the last one is grey, as everybody else is
+    shown = highlight[: 2 * len(colours)]
+    style = {name: (colours[n % len(colours)], "os"[n // len(colours)]) for n, name in enumerate(shown)}
+    for axes, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+        rows = points[points["panel"] == side.panel]
+        _bare(axes)
+        axes.set_aspect("equal", adjustable="datalim")
+        rest = rows[~rows["person_id"].isin(shown)]
+        axes.scatter(rest["x"], rest["y"], s=9, color=_FAINT, alpha=0.5, linewidths=0)
+        for person, (colour, mark) in style.items():
+            some = rows[rows["person_id"] == person]
+            axes.scatter(some["x"], some["y"], s=34, color=colour, marker=mark, edgecolors="white", linewidths=0.5)
+        axes.set_title(f"{side.title}\nfeature {side.feature}", size=9, color=INK, loc="left", parse_math=False)
+        axes.set_xlabel(side.below, size=8.5, color=INK)
+    keys = [
+        Line2D([], [], color=colour, marker=mark, linestyle="", markersize=6, label=person)
+        for person, (colour, mark) in style.items()
+    ]
+    if len(set(points["person_id"])) > len(shown):
+        keys.append(Line2D([], [], color=_FAINT, marker="o", linestyle="", markersize=4, label="everybody else"))
+    figure.legend(handles=keys, loc="outside upper left", ncols=5, frameon=False, fontsize=7.5, labelcolor=INK)
+    figure.supxlabel("\n".join(textwrap.wrap(note, 62 * len(sides))), size=7.5, color=INK, x=0.02, ha="left")
+    return save_figure(figure, stem, points)
+
+
+def _bare(axes: Axes) -> None:
+    """No ticks, because the numbers of a map mean nothing, and a thin frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("none")
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
 
 
 def _streams(axes: Axes, rows: pd.DataFrame, highlight: tuple[str, ...]) -> None:

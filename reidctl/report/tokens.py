@@ -1,7 +1,7 @@
-"""Figures of `analyse` for models with two class tokens and pseudo-words: relevance maps, pairs in two dimensions."""
+"""Figures of `analyse` of single images: maps of relevance beside the picture, pairs in two dimensions."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,38 +17,43 @@ from matplotlib.lines import Line2D
 
 from reidctl.report.figures import GRID, INK, SERIES, save_figure
 
-_PER_LINE = 4  # images beside each other, each with its two maps
-_WIDE, _TRIPLE, _TITLE = 0.85, 2.95, 0.55  # inches: a picture, a picture with its maps and a gap, the room above
+_WIDE, _STEP, _GAP, _TITLE = 0.85, 0.9, 0.25, 0.55  # inches: a picture, from one to the next, after an item, above it
+_WIDEST = 12.0  # inches that items beside each other may take
 _FAINT = "#9a9a9a"
 
 
 @dataclass(frozen=True)
 class Explained:
-    """An image beside its two maps.
+    """An image beside its maps.
 
     Attributes:
         title: lines that stand above.
-        pictures: the image, and under the map of each token, (H, W, 3) each.
+        pictures: the image, and under each map, by what stands above them, (H, W, 3) each.
     """
 
     title: str
-    pictures: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+    pictures: Mapping[str, npt.NDArray[np.uint8]]
 
 
 def map_sheet(items: Sequence[Explained], data: pd.DataFrame, stem: Path, *, colours: str, note: str) -> list[Path]:
-    """Draw images beside the maps of their two class tokens, four to a line.
+    """Draw images beside their maps, several to a line.
 
     Args:
-        items: at least one.
+        items: at least one, all with the same names of pictures.
         data: written beside, as CSV.
         stem: where to write, without the ending.
         colours: the map's colours, by matplotlib's name.
         note: written below.
     """
-    columns = min(len(items), _PER_LINE)
+    first = next(iter(items[0].pictures.values()))
+    across = len(items[0].pictures) * _STEP + _GAP
+    # An even number of lines is filled by the eight images that are usual.
+    columns = min(len(items), 4 if 4 * across <= _WIDEST else 2)
     lines = -(-len(items) // columns)
-    tall = _WIDE * items[0].pictures[0].shape[0] / items[0].pictures[0].shape[1]
-    width, height = columns * _TRIPLE + 0.75, lines * (tall + _TITLE) + 0.35
+    tall = _WIDE * first.shape[0] / first.shape[1]
+    width = columns * across + 0.75
+    said = textwrap.wrap(note, int(16.5 * width))
+    height = lines * (tall + _TITLE) + 0.22 + 0.13 * len(said)
     figure = Figure(figsize=(width, height))
 
     def place(x: float, y: float, wide: float, high: float) -> Axes:
@@ -56,25 +61,26 @@ def map_sheet(items: Sequence[Explained], data: pd.DataFrame, stem: Path, *, col
         return figure.add_axes((x / width, 1 - (y + high) / height, wide / width, high / height))
 
     for number, item in enumerate(items):
-        x, y = _TRIPLE * (number % columns) + 0.1, (tall + _TITLE) * (number // columns) + _TITLE
-        _triple([place(x + step * (_WIDE + 0.05), y, _WIDE, tall) for step in range(3)], item)
+        x, y = across * (number % columns) + 0.1, (tall + _TITLE) * (number // columns) + _TITLE
+        _row([place(x + step * _STEP, y, _WIDE, tall) for step in range(len(item.pictures))], item)
     scale = ScalarMappable(cmap=colours)
     scale.set_clim(0, 1)
     bar = figure.colorbar(scale, cax=place(width - 0.7, _TITLE, 0.1, min(height - 1.1, 2.4)))
     bar.set_label("relevance (1 = most of the image)", fontsize=7.5, color=INK)
     bar.ax.tick_params(labelsize=7, colors=INK)
-    figure.text(0.1 / width, 0.1 / height, note, size=7.5, color=INK)
+    figure.text(0.1 / width, 0.1 / height, "\n".join(said), size=7.5, color=INK, linespacing=1.15)
     return save_figure(figure, stem, data)
 
 
-def _triple(panels: Sequence[Axes], item: Explained) -> None:
-    """An image and its two maps; the title stands over all three."""
-    title = [textwrap.shorten(line, 42, placeholder=" …") for line in item.title.splitlines()]
-    for axes, picture, name in zip(panels, item.pictures, ("image", "t2i", "i2i"), strict=True):
+def _row(panels: Sequence[Axes], item: Explained) -> None:
+    """An image and its maps; the title stands over all of them."""
+    title = [textwrap.shorten(line, 14 * len(panels), placeholder=" …") for line in item.title.splitlines()]
+    for axes, (name, picture) in zip(panels, item.pictures.items(), strict=True):
         axes.imshow(picture, interpolation="nearest")
         axes.set_axis_off()
-        above = title if name == "t2i" else []
-        axes.set_title("\n".join([*above, name]), size=7.5, color=INK, pad=2, parse_math=False)
+        axes.set_title(name, size=7.5, color=INK, pad=2, parse_math=False)
+    style: Any = {"size": 7.5, "color": INK, "ha": "left", "va": "bottom", "parse_math": False}
+    panels[0].annotate("\n".join(title), (0, 1), (0, 13), "axes fraction", "offset points", **style)
 
 
 def pair_map(points: pd.DataFrame, stem: Path, *, note: str) -> list[Path]:

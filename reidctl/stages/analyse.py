@@ -1,6 +1,7 @@
 """`analyse`: what the features of a trained model hold: attributes, identity, each other; what decides look-alikes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run, digest
 from reidctl.stages import analyse_parts as parts
 from reidctl.stages import analyse_prompts as prompts
+from reidctl.stages import analyse_space as space
 from reidctl.stages import analyse_tokens as tokens
 from reidctl.stages.analyse_parts import Found, Material, NotApplicable
 from reidctl.stages.features import part_of, whole_families
@@ -30,7 +32,8 @@ ANALYSES: dict[str, Analysis] = {
     "dependence": parts.dependence,
     "clones": parts.clones,
     "gates": parts.gates,
-    "tsne": parts.tsne,
+    "compactness": space.compactness,
+    "tsne": space.tsne,
     "efficiency": parts.efficiency,
     "architecture": parts.architecture,
     "attention": tokens.attention,
@@ -61,14 +64,16 @@ def run(
     data: Path | None = None,
     captions: Path | None = None,
     seed: int = 0,
+    against: Run | None = None,
+    cache: bool = True,
     force: bool = False,
 ) -> dict[str, Any]:
     """Analyse the features of the run's model on the images of a split.
 
-    Writes the table `analysis` and, where they apply, `probes`, `clones`, `gates`, `tsne`, `cam` and `pseudo` as PNG,
-    SVG and CSV, `words.csv`, `gates.json` and `architecture.md`. The record's `metrics` holds numbers, or `{value, low,
-    high, control, control_high, chance, p_value}`, whichever there are, by `ANALYSIS.FEATURE[.TARGET][.METRIC]`, such
-    as `probes.identity.upper_colour`.
+    Writes the table `analysis` and, where they apply, `probes`, `clones`, `gates`, `tsne`, `tsne_against`, `cam` and
+    `pseudo` as PNG, SVG and CSV, `words.csv`, `gates.json` and `architecture.md`. Features are kept in the run. The
+    record's `metrics` holds numbers, or `{value, low, high, control, control_high, chance, p_value}`, whichever there
+    are, by `ANALYSIS.FEATURE[.TARGET][.METRIC]`, such as `probes.identity.upper_colour`.
 
     Args:
         run: holds the trained model; where the stage writes.
@@ -83,11 +88,14 @@ def run(
         data: the dataset folder; default: the run's.
         captions: the table of identity and clothing texts; default: the run's.
         seed: of the draw, the halves, the permutations, the bootstrap and the map.
+        against: a run whose model `tsne` and `compactness` set beside this one on the same images; only its kept
+            features are written.
+        cache: whether features are read from the run and kept there.
         force: do it again even if nothing changed.
 
     Raises:
-        UsageError: an unknown analysis or device.
-        DataError: no model, no such split, people that the model was trained on, an analysis that was asked for by name
+        UsageError: an unknown analysis or device, or nothing that `against` could be compared by.
+        DataError: no model, no such split, people that a model was trained on, an analysis that was asked for by name
             and does not apply, or none that does.
     """
     asked = _known(what)
@@ -105,6 +113,7 @@ def run(
             "highlight": list(highlight),
             "features": list(features),
             "limit": limit,
+            **_against(run, against, asked),
         },
     }
     inputs = source.digests()
@@ -117,8 +126,13 @@ def run(
     subject = find_subject(run, split=split, device=device, data=data, captions=captions)
     _check_people(highlight, subject.corpus.images, split)
     rows = whole_families(subject.corpus.images, limit, seed=seed, first=highlight)
-    material = Material(subject, part_of(subject.corpus, rows), seed, sensitive, tuple(highlight), tuple(features))
+    shown, read = tuple(highlight), tuple(features)
+    material = Material(subject, part_of(subject.corpus, rows), seed, sensitive, shown, read, cache)
     found = Found(notes=list(subject.notes) + _sampled(len(rows), subject.corpus.images))
+    if against is not None:
+        other = space.find_other(against, material, rows, split=split, device=device, captions=captions)
+        found.notes += [f"{against.path}: {note}" for note in other.subject.notes]
+        material = replace(material, against=other)
     done = _analyse(material, found, asked, strict=bool(what) and not lenient)
     if not done and not lenient:
         raise DataError(f"Nothing can be analysed here. {' '.join(found.notes)}")
@@ -145,6 +159,8 @@ def run(
             "analyses": done,
             "images": len(material.images),
             "people": int(material.images["person_id"].nunique()),
+            "features": material.features_read,
+            **({} if material.against is None else {"against": _told(material.against)}),
             "notes": found.notes,
             "data": str(source.folder.resolve()),
         },
@@ -172,6 +188,37 @@ def _known(what: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise UsageError(f"`--what {unknown[0]}` is not known.", hint=f"One of: {', '.join(ANALYSES)}.")
     return tuple(name for name in ANALYSES if name in (names or DEFAULT))
+
+
+def _against(run: Run, other: Run | None, asked: Sequence[str]) -> dict[str, Any]:
+    """What the settings say about another run; nothing without one.
+
+    Raises:
+        UsageError: it is this run, or no analysis compares.
+        DataError: it has no model.
+    """
+    if other is None:
+        return {}
+    if other.path.resolve() == run.path.resolve():
+        raise UsageError(f"{run.path} would be compared with itself.", hint="Name another run.")
+    if not set(asked) & set(space.COMPARED):
+        raise UsageError(
+            f"`--against` compares {' and '.join(space.COMPARED)}, and `--what` names neither.",
+            hint="Add one: --what tsne,compactness.",
+        )
+    facts = {"model": model_digest(other), "training": training_digest(other)}
+    return {"against": {"run": str(other.path.resolve()), **facts}}
+
+
+def _told(other: Material) -> dict[str, Any]:
+    """What the record says about the other run."""
+    subject = other.subject
+    return {
+        "run": str(subject.run.path.resolve()),
+        "method": subject.method.name,
+        "model": subject.weights,
+        "features": other.features_read,
+    }
 
 
 def _check_people(highlight: Sequence[str], images: pd.DataFrame, split: str) -> None:

@@ -1,6 +1,6 @@
 """The analyses of `analyse`: each reads features and labels and adds rows, notes and figures to what was found."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,14 @@ from reidctl.embedding import embed_queries
 from reidctl.evaluation import clones as looks
 from reidctl.evaluation import dependence as hsic
 from reidctl.evaluation import probes as probing
-from reidctl.evaluation import projection
 from reidctl.evaluation.architecture import describe
 from reidctl.evaluation.efficiency import measure_costs
 from reidctl.evaluation.probes import Probe
 from reidctl.metrics import Interval, bootstrap_interval
-from reidctl.report.scatter import dot_panels, order_targets, tsne_map
-from reidctl.stages.features import Features, collect_features, families, whole_families
+from reidctl.report.scatter import dot_panels, order_targets
+from reidctl.stages.features import Features, families, whole_families
 from reidctl.stages.interpret import collect_gates, write_gates
+from reidctl.stages.kept_features import Kept, kept_features
 from reidctl.stages.measuring import Subject
 from reidctl.tables import write_text
 
@@ -33,13 +33,6 @@ Draw = Callable[[Path], list[Path]]
 
 COUPLED = (("identity", "clothing"), ("pooled_identity", "pooled_clothing"))
 DEPENDENCE_IMAGES = 1000
-TSNE_IMAGES = 600
-TSNE_LEAST = 10
-COLOURED_BY = ("upper_colour", "lower_colour")
-MAPS_NOTE = (
-    "Identity and clothing features come from different heads, so they lie apart in any t-SNE map, whatever they hold: "
-    "read the silhouettes (computed in each feature's own space), the probes and the dependence instead."
-)
 
 
 class NotApplicable(Exception):
@@ -57,6 +50,8 @@ class Material:
         sensitive: whether skin and ethnicity are probed too.
         highlight: people who stand out in the t-SNE map; empty: the two with most images.
         probed: the features that probes read; empty: all.
+        cache: whether features are read from the run and kept there.
+        against: another model on the same images.
     """
 
     subject: Subject
@@ -65,11 +60,23 @@ class Material:
     sensitive: bool = False
     highlight: tuple[str, ...] = ()
     probed: tuple[str, ...] = ()
+    cache: bool = True
+    against: "Material | None" = None
 
     @cached_property
+    def kept(self) -> Kept:
+        """The features of all images, and where they are kept."""
+        return kept_features(self.subject, self.corpus, cache=self.cache)
+
+    @property
     def features(self) -> Features:
         """The features of all images, by name."""
-        return collect_features(self.subject.method, self.corpus, device=self.subject.device)
+        return self.kept.features
+
+    @property
+    def features_read(self) -> dict[str, Any] | None:
+        """What the record says about the features; None if no analysis has asked for them."""
+        return self.kept.facts if "kept" in vars(self) else None
 
     @property
     def images(self) -> pd.DataFrame:
@@ -296,15 +303,25 @@ def efficiency(material: Material, found: Found) -> None:
     costs = measure_costs(material.subject.method, device=material.subject.device)
     for part, cost in costs.items():
         size = cost.batch, 0
-        for metric in ("parameters", "trainable", "flops", "kept_bytes", "items_per_second"):
+        for metric in ("parameters", "trainable", "flops", "kept_bytes", "items_per_second", "milliseconds"):
             found.add("efficiency", part, "", metric, float(getattr(cost, metric)), size)
         if cost.peak_bytes is not None:
             found.add("efficiency", part, "", "peak_bytes", float(cost.peak_bytes), size)
     one = next(iter(costs.values()))
+    for part in [name for name in costs if name not in ("image", "text", "fusion", "step")]:
+        cost, image = costs[part], costs["image"]
+        found.notes.append(
+            f"efficiency: {part}: {cost.parameters:,} parameters ({_share(cost.parameters, image.parameters)} of those "
+            f"of image) and {cost.milliseconds:.3g} ms per batch ({_share(cost.milliseconds, image.milliseconds)})."
+        )
     found.notes.append(
         f"efficiency: batches of {one.batch} on {one.device} with {one.threads} thread(s), longest texts; operations"
         " count a multiply-add as two; speed depends on what else the machine did."
     )
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.3g} %"
 
 
 def architecture(material: Material, found: Found) -> None:
@@ -316,56 +333,3 @@ def architecture(material: Material, found: Found) -> None:
         return [folder / "architecture.md"]
 
     found.drawings.append(write)
-
-
-def tsne(material: Material, found: Found) -> None:
-    """Draw the features in two dimensions, and measure silhouettes where they are."""
-    rows = whole_families(material.images, TSNE_IMAGES, seed=material.seed, first=material.highlight)
-    if len(rows) < TSNE_LEAST:
-        raise NotApplicable(f"{len(rows)} images are too few for a map; at least {TSNE_LEAST} are needed")
-    images, person = material.images.iloc[rows].reset_index(drop=True), material.person[rows]
-    features = {name: values[rows] for name, values in material.features.items()}
-    coloured_by, label = _colouring(images, person)
-    for feature, values in features.items():
-        for target, labels in {"person": person, coloured_by: label}.items():
-            known = np.array([value is not None for value in labels])
-            fit = projection.silhouette(values[known], labels[known], person[known], seed=material.seed)
-            if fit is not None:
-                size = fit.images, fit.people
-                found.add("tsne", feature, target, "silhouette", fit.value, size, control=fit.control)
-    points = _points(images, person, features, ["" if value is None else str(value) for value in label], material.seed)
-    counts = pd.Series(person).value_counts()
-    most = tuple(sorted(counts.index, key=lambda name: (-counts[name], name))[:2])
-    note = f"{len(rows):,} images of {len(counts):,} people."
-    if "streams" in set(points["panel"]):
-        note += f" {MAPS_NOTE}"
-        found.notes.append(f"tsne: {MAPS_NOTE}")
-    highlight = material.highlight or most
-    found.drawings.append(
-        lambda folder: tsne_map(points, folder / "tsne", highlight=highlight, coloured_by=coloured_by, note=note)
-    )
-
-
-def _colouring(images: pd.DataFrame, person: Labels) -> tuple[str, Labels]:
-    """The name and the values of what the map of the retrieved feature is coloured by."""
-    known = [row if isinstance(row, dict) else {} for row in images["attributes"]]
-    for name in COLOURED_BY:
-        values = np.array([row.get(name) or None for row in known], dtype=object)
-        if len(set(values) - {None}) > 1:
-            return name, values
-    return "person", person
-
-
-def _points(images: pd.DataFrame, person: Labels, features: Features, label: Iterable[str], seed: int) -> pd.DataFrame:
-    """The maps as rows: both streams in one map, the retrieved feature in another."""
-    named = {"image_id": images["image_id"], "person_id": person, "label": list(label)}
-    maps = [("embedding", ["embedding"])]
-    if {"identity", "clothing"} <= set(features):
-        maps.insert(0, ("streams", ["identity", "clothing"]))
-    frames = []
-    for panel, members in maps:
-        place = projection.tsne(np.concatenate([features[name] for name in members]), seed=seed)
-        for number, name in enumerate(members):
-            part = place[number * len(images) : (number + 1) * len(images)]
-            frames.append(pd.DataFrame({"panel": panel, "feature": name, **named, "x": part[:, 0], "y": part[:, 1]}))
-    return pd.concat(frames, ignore_index=True)

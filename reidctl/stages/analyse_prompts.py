@@ -1,4 +1,4 @@
-"""The analyses of `analyse` for `hpl`'s pseudo-words and training: what they hold, which words they are, its alarms."""
+"""The analyses of `analyse` of learnt words: which words they are nearest to; `hpl`'s pseudo-words and its alarms."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from reidctl.evaluation import projection
 from reidctl.evaluation import pseudo as inverted
 from reidctl.layers.inversion import diversity, mismatch
 from reidctl.layers.prompts import nearest_words
-from reidctl.methods.base import unit
+from reidctl.methods.base import Method, unit
 from reidctl.methods.hpl import Hpl
 from reidctl.metrics import bootstrap_interval
 from reidctl.report.tokens import pair_map
@@ -29,6 +29,8 @@ from reidctl.stages.analyse_tokens import Floats, Ints, Vector, batches, hpl_of,
 from reidctl.stages.features import families, whole_families
 
 PAIRS = 300
+PEOPLE = 20
+"""How many people's learnt prompts are decoded."""
 DRAWS = 5
 """How often captions of other people are drawn for a mean."""
 _NEEDS = {"interference": "task_cosine", "collapse": "pseudo/diversity", "over_regularisation": "pseudo/mismatch"}
@@ -221,7 +223,10 @@ class Decoded:
 
 
 def words(material: Material, found: Found) -> None:
-    """Decode the pseudo-tokens of images by their nearest words, and ask what these say."""
+    """Decode the pseudo-tokens of images by their nearest words, and ask what these say; else the learnt prompts."""
+    if not isinstance(material.subject.method, Hpl):
+        _prompt_words(material, found)
+        return
     method = _inverting(material)
     decoded = _decode(material, method)
     name = {int(token): method.backbone.tokenizer.word(int(token)) for token in np.unique(decoded.ids)}
@@ -262,7 +267,39 @@ def _decode(material: Material, method: Hpl) -> Decoded:
     return Decoded(ids.numpy().astype(np.int64), near.numpy().astype(np.float64), embeddings)
 
 
-def _words_of(method: Hpl) -> list[int]:
+def _prompt_words(material: Material, found: Found) -> None:
+    """Decode the prompts that a method learnt for all, for datasets and for some of its people."""
+    method = material.subject.method
+    prompts = method.prompt_rows([str(number) for number in range(method.persons)])
+    people = [prompt for prompt in prompts if prompt[0] == "person"]
+    some = people[:: -(-len(people) // PEOPLE)] if people else []
+    prompts = [prompt for prompt in prompts if prompt[0] != "person"] + some
+    if not prompts:
+        raise NotApplicable(f"the method `{method.name}` has neither pseudo-words nor learnt prompts here")
+    allowed = torch.tensor(_words_of(method), dtype=torch.int64)
+    with torch.inference_mode():
+        table = method.backbone.embed_tokens(allowed[None].to(material.subject.device))[0].float().cpu()
+    rows = []
+    for scope, key, vectors in prompts:
+        place, cosine = nearest_words(vectors.detach().float().cpu(), table)
+        words = [method.backbone.tokenizer.word(int(token)) for token in allowed[place[:, 0]]]
+        facts = zip(range(len(words)), words, cosine[:, 0].double().numpy().round(6), strict=True)
+        rows += [{"scope": scope, "key": key, "position": n, "word": word, "cosine": near} for n, word, near in facts]
+    frame = pd.DataFrame(rows)
+    for scope in dict.fromkeys(frame["scope"]):
+        group = frame[frame["scope"] == scope]
+        size = len(group), len(some) if scope == "person" else 0
+        found.add("words", scope, "", "cosine", float(group["cosine"].mean()), size)
+        found.add("words", scope, "", "distinct", float(group["word"].nunique()), size)
+    found.notes.append(
+        f"words: the nearest word embedding by cosine of every token of the learnt prompts, of {len(some)} of "
+        f"{len(people)} people, who are numbered in the order of training. Learnt tokens need not lie near any word: "
+        "read the cosines."
+    )
+    found.drawings.append(lambda folder: [_write_csv(folder / "words.csv", frame)])
+
+
+def _words_of(method: Method) -> list[int]:
     """Ids of ordinary words: neither special nor a placeholder such as BERT's `[unused7]`."""
     tokenizer = method.backbone.tokenizer
     return [token for token in tokenizer.word_ids if not tokenizer.word(token).startswith("[unused")]

@@ -1,4 +1,4 @@
-"""The analyses of `analyse` for `hpl`'s class tokens: where they look, by attention and by Grad-CAM."""
+"""The analyses of `analyse` of where a model looks: Grad-CAM and activation, and attention of `hpl`'s class tokens."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ from reidctl.evaluation import attention as looking
 from reidctl.evaluation import pseudo as inverted
 from reidctl.explain.maps import named_rows, pair_batch
 from reidctl.explain.pictures import COLOURS, overlay
-from reidctl.methods.base import Task
+from reidctl.methods.base import Method
 from reidctl.methods.hpl import Hpl
 from reidctl.metrics import bootstrap_interval
 from reidctl.pixels import PixelStore, read_pixels
 from reidctl.report.tokens import Explained, map_sheet
-from reidctl.stages.analyse_parts import Found, Material, NotApplicable
+from reidctl.stages.analyse_parts import Found, Labels, Material, NotApplicable
 from reidctl.stages.features import whole_families
 
 Floats = npt.NDArray[np.float64]
@@ -35,6 +35,10 @@ READ_PARTS = ("attention", "cam")
 """The analyses that read the table `parts`, where there is one."""
 CAM_IMAGES = 200
 DRAWN = 8
+FLAT = 0.05
+"""A variation of the activation below which its map says nothing of places."""
+EQUAL = 1e-4
+"""A relative difference of activations that is only rounding."""
 BATCH = 64
 
 
@@ -158,56 +162,94 @@ def _add_masses(
             seed=material.seed,
         )
         found.add(analysis, task, "", region, measure(on[task]), size, control=control.mean, chance=chance)
-    if len(on) == 2:
+    if {"t2i", "i2i"} <= set(on):
         found.add(analysis, "both", "", f"{region}-difference", measure(on["t2i"] - on["i2i"]), size)
 
 
 def cam(material: Material, found: Found) -> None:
-    """Compare the Grad-CAM maps of the two class features, and draw some."""
-    method, seed = hpl_of(material), material.seed
+    """Compare what the vectors of an image rest on with what is active in it, and draw some maps."""
+    method, seed = material.subject.method, material.seed
+    if method.gallery_texts:
+        raise NotApplicable(f"this `{method.name}` embeds an image with a text, and its partner's is not handed over")
     rows, texts, partner = _cam_images(material)
-    maps = _cams(material, method, rows, texts, partner)
-    flat: Maps = {task: looking.as_distribution(each.reshape(len(rows), -1)) for task, each in maps.items()}
+    maps = _maps(material, method, rows, texts, partner)
+    flat: Maps = {name: looking.as_distribution(each.reshape(len(rows), -1)) for name, each in maps.items()}
     person = material.person[rows]
     size = len(rows), len(set(person))
-    likeness = bootstrap_interval(looking.correlation(flat["t2i"], flat["i2i"]), person, seed=seed)
-    if likeness.value == likeness.value:
-        found.add("cam", "both", "", "correlation", likeness, size)
+    if "t2i" in flat:
+        likeness = bootstrap_interval(looking.correlation(flat["t2i"], flat["i2i"]), person, seed=seed)
+        if likeness.value == likeness.value:
+            found.add("cam", "both", "", "correlation", likeness, size)
+    masked = False
     for region, wanted in (("person", None), ("objects", looking.OBJECTS)):
         shares = _part_shares(material, rows, wanted)
         if shares:
+            masked = True
             _add_masses(material, found, "cam", region, flat, shares, rows)
-    found.notes.append(
-        "cam: t2i is the gradient of cos(v_t2i, own caption), i2i that of cos(v_i2i, v_i2i of another image of the "
-        "person); images of people with a single image are left out. Their `control` is the mask of another person's "
-        "image, `chance` the mask's share of the picture."
-    )
+    _add_variation(found, maps["activation"], person, seed)
+    found.notes += _cam_notes(material, texts, masked)
     shown = _drawn(material, rows)
-    found.drawings.append(lambda folder: _draw_cams(material, rows, maps, shown, folder))
+    found.drawings.append(lambda folder: _draw_maps(material, rows, maps, shown, folder))
 
 
-def _cam_images(material: Material) -> tuple[Ints, list[str], Ints]:
-    """Rows of images with a caption and another image of their person, those with objects first; texts; the others."""
+def _add_variation(found: Found, activation: Vector, person: Labels, seed: int) -> None:
+    """Add how much the activation of an image's patches differs: its standard deviation over its mean."""
+    each = activation.reshape(len(activation), -1).astype(np.float64)
+    varied = bootstrap_interval(each.std(axis=1) / np.maximum(each.mean(axis=1), 1e-12), person, seed=seed)
+    found.add("cam", "activation", "", "variation", varied, (len(each), len(set(person))))
+    if varied.value < FLAT:
+        found.notes.append(
+            f"cam: the activations of an image's patches hardly differ (by {100 * varied.value:.2g} % of their mean), "
+            "so `activation` lies on a mask as its share of the picture does."
+        )
+
+
+def _cam_notes(material: Material, texts: list[str] | None, masked: bool) -> list[str]:
+    by_text = "t2i follows cos(v_t2i, own caption), " if texts else ""
+    notes = [
+        f"cam: {by_text}i2i follows cos(v_i2i, v_i2i of another image of the person), `activation` is the cosine "
+        "of each patch with its image's own feature, negative ones cut; images of people with a single image are left "
+        "out. Their `control` is the mask of another person's image, `chance` the mask's share of the picture."
+    ]
+    if not texts:
+        notes.append("cam: no image has a caption, so there is no t2i map.")
+    elif material.corpus.captions["row"].nunique() < len(material.images):
+        notes.append("cam: images without a caption are left out.")
+    if not masked:
+        notes.append("cam: no image has a true mask, so the maps are drawn and not measured.")
+    return notes
+
+
+def _cam_images(material: Material) -> tuple[Ints, list[str] | None, Ints]:
+    """Rows of images with another image of their person, their captions, the other images.
+
+    Only images with a caption are taken, if there are any; else the texts are None.
+    """
     captions = material.corpus.captions.drop_duplicates("row")
     text = {int(row): str(sentence) for row, sentence in zip(captions["row"], captions["text"], strict=True)}
     next_one: dict[int, int] = {}
     for _, members in material.images.reset_index(drop=True).groupby("person_id", observed=True).groups.items():
         own = [int(row) for row in members]
         next_one |= {row: own[(number + 1) % len(own)] for number, row in enumerate(own) if len(own) > 1}
-    usable = np.array([row for row in sorted(text) if row in next_one], np.int64)
+    captioned = sorted(set(text) & set(next_one))
+    usable = np.array(captioned or sorted(next_one), np.int64)
     if not len(usable):
-        raise NotApplicable("no image has both a caption and another image of its person")
+        raise NotApplicable("nobody has two images")
     kept = usable[whole_families(material.images.iloc[usable].reset_index(drop=True), CAM_IMAGES, seed=material.seed)]
-    return kept, [text[int(row)] for row in kept], np.array([next_one[int(row)] for row in kept], np.int64)
+    texts = [text[int(row)] for row in kept] if captioned else None
+    return kept, texts, np.array([next_one[int(row)] for row in kept], np.int64)
 
 
-def _cams(material: Material, method: Hpl, rows: Ints, texts: list[str], partner: Ints) -> dict[Task, Vector]:
-    pieces: dict[Task, list[Vector]] = {"t2i": [], "i2i": []}
+def _maps(material: Material, method: Method, rows: Ints, texts: list[str] | None, partner: Ints) -> dict[str, Vector]:
+    """The Grad-CAM maps by task and the activation, each (N, h, w)."""
+    pieces: dict[str, list[Vector]] = defaultdict(list)
     pairs = zip(batches(material, rows, texts, "cam"), batches(material, partner, None, "partners"), strict=True)
     for batch, other in pairs:
         for task, value in method.token_maps(batch, other.require("image")).items():
             pieces[task].append(numbers(value))
-    return {task: np.concatenate(members) for task, members in pieces.items()}
+        with torch.inference_mode():
+            pieces["activation"].append(numbers(method.activation(batch)))
+    return {name: np.concatenate(members) for name, members in pieces.items()}
 
 
 def _drawn(material: Material, rows: Ints) -> list[int]:
@@ -220,22 +262,33 @@ def _drawn(material: Material, rows: Ints) -> list[int]:
     return list(first.values())[:DRAWN]
 
 
-def _draw_cams(material: Material, rows: Ints, maps: dict[Task, Vector], shown: list[int], folder: Path) -> list[Path]:
+def _draw_maps(material: Material, rows: Ints, maps: dict[str, Vector], shown: list[int], folder: Path) -> list[Path]:
     items, frames, size = [], [], material.subject.method.backbone.image_size
     size = (max(size[0], 192), max(size[0], 192) * size[1] // size[0])
     for place in shown:
         row = material.images.iloc[rows[place]]
         picture = read_pixels(material.corpus.root / str(row["path"]), size)
-        over = [overlay(picture, maps[task][place]) for task in ("t2i", "i2i")]
+        drawn = {name: _stretched(each[place]) if name == "activation" else each[place] for name, each in maps.items()}
         known = row["attributes"] if isinstance(row.get("attributes"), dict) else {}
-        carried = known.get("carried") or "no object"
-        items.append(Explained(f"{row['person_id']}\n{carried}", (picture, over[0], over[1])))
-        frames.append(_map_rows(str(row["image_id"]), {task: maps[task][place] for task in ("t2i", "i2i")}))
-    note = "Grad-CAM of the class token for texts (t2i: own caption) and for images (i2i: another image of the person)."
+        title = [str(row["person_id"]), *([known.get("carried") or "no object"] if known else [])]
+        over = {name: overlay(picture, each) for name, each in drawn.items()}
+        items.append(Explained("\n".join(title), {"picture": picture, **over}))
+        frames.append(_map_rows(str(row["image_id"]), drawn))
+    by_text = "t2i: Grad-CAM of the cosine with the own caption. " if "t2i" in maps else ""
+    note = f"{by_text}i2i: Grad-CAM of the cosine with another image of the person. activation: cosine of each patch "
+    note += "with its image's feature, from its least to its most in the image."
     return map_sheet(items, pd.concat(frames), folder / "cam", colours=COLOURS, note=note)
 
 
+def _stretched(values: Vector) -> Vector:
+    """From 0 for the least to 1 for the most, because cosines of patches may lie close together; 0 if all are equal."""
+    low, high = float(values.min()), float(values.max())
+    if high - low < EQUAL * high:
+        return np.zeros_like(values)
+    return np.asarray((values - low) / (high - low), np.float32)
+
+
 def _map_rows(name: str, maps: dict[str, Vector]) -> pd.DataFrame:
-    height, width = maps["t2i"].shape
+    height, width = next(iter(maps.values())).shape
     y, x = (axis.ravel() for axis in np.mgrid[:height, :width])
     return pd.DataFrame({"image_id": name, "y": y, "x": x, **{task: each.ravel() for task, each in maps.items()}})

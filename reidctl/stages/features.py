@@ -11,7 +11,7 @@ import torch
 
 from reidctl.batch import Batch
 from reidctl.console import progress
-from reidctl.data import Corpus
+from reidctl.data import Corpus, camera_numbers
 from reidctl.errors import DataError
 from reidctl.loading import loader_threads
 from reidctl.methods.base import Method
@@ -33,11 +33,13 @@ def collect_features(method: Method, corpus: Corpus, *, device: torch.device, ba
     texts = {kind: _texts(corpus, kind) for kind in method.gallery_texts}
     store = PixelStore(corpus.paths(), backbone.image_size, cache_bytes=0, interpolation=backbone.interpolation)
     threads = loader_threads(device.type)
+    cameras = torch.from_numpy(camera_numbers(corpus.images, method.cameras)) if method.cameras else None
     pieces: list[Features] = []
     with torch.inference_mode(), progress("features", len(names)) as advance:
         for rows, image in image_batches(store, backbone.mean, backbone.std, batch=batch, threads=threads):
             tokens = {kind: backbone.tokenize(every[rows]) for kind, every in texts.items()}
-            given = Batch(image=image, texts=tokens, image_id=tuple(names[rows])).to(device)
+            camera = None if cameras is None else cameras[rows]
+            given = Batch(image=image, texts=tokens, image_id=tuple(names[rows]), camera=camera).to(device)
             pieces.append({name: value.float().cpu().numpy() for name, value in method.features(given).items()})
             advance(rows.stop - rows.start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]} if pieces else {}

@@ -1,6 +1,7 @@
 """Costs against counts worked by hand, on every method."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from reidctl.backbones.weights import build
 from reidctl.errors import UsageError
 from reidctl.evaluation.efficiency import (
     compare_fusions,
@@ -23,6 +25,7 @@ from reidctl.evaluation.efficiency import (
 )
 from reidctl.layers.fusion import Fusion
 from reidctl.layers.mamba import Mamba, MambaStack
+from reidctl.methods.clip import Clip
 
 
 def forward_flops(module, *inputs):
@@ -199,18 +202,23 @@ def test_kept_bytes_of_a_scan_hold_a_state_per_chunk_and_not_per_token():
 def test_every_method_has_costs_for_its_parts_and_stays_as_it_was(name):
     method = model(name).train()
     weights = {key: value.clone() for key, value in method.state_dict().items()}
-    trains = [parameter.requires_grad for parameter in method.parameters()]
+    required = [parameter.requires_grad for parameter in method.parameters()]
     random = torch.get_rng_state()
     found = measure_costs(method, batch=4, text_length=9, repeats=1)
-    assert set(found) == {"image", "text", "step"} | ({"fusion"} if name == "bdam" else set())
-    for cost in found.values():
-        assert cost.flops > 0 and cost.kept_bytes > 0 and cost.items_per_second > 0 and cost.peak_bytes is None
-        assert 0 < cost.trainable <= cost.parameters
+    more = {"bdam": {"fusion"}, "mta-clip": {"sga", "image_without_sga"}}
+    assert set(found) == {"image", "text", "step"} | more.get(name, set())
+    reads_texts = bool(method.train_texts)
+    for part, cost in found.items():
+        trains = part != "text" or reads_texts
+        assert cost.flops > 0 and cost.items_per_second > 0 and cost.peak_bytes is None
+        assert (cost.kept_bytes > 0) == (cost.trainable > 0) == trains
+        assert cost.trainable <= cost.parameters
         assert cost.milliseconds == pytest.approx(4e3 / cost.items_per_second)
-    assert found["step"].flops > 2 * (found["image"].flops + found["text"].flops)
+    read = found["image"].flops + (found["text"].flops if reads_texts else 0)
+    assert found["step"].flops > 2 * read
     assert method.training and torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in method.parameters())
-    assert [parameter.requires_grad for parameter in method.parameters()] == trains
+    assert [parameter.requires_grad for parameter in method.parameters()] == required
     assert all(torch.equal(value, weights[key]) for key, value in method.state_dict().items())
     table = costs_table(found)
     assert list(table["name"]) == list(found) and table["parameters"].tolist() == [c.parameters for c in found.values()]
@@ -265,6 +273,44 @@ def test_a_frozen_tower_is_not_trainable_and_keeps_less(monkeypatch):
     assert frozen["text"].trainable == 0 and frozen["text"].kept_bytes == 0
     assert frozen["step"].trainable == whole["image"].parameters
     assert frozen["step"].kept_bytes < whole["step"].kept_bytes
+
+
+class Adapted(Clip):
+    """`clip` with a module of its own that writes down how it is called."""
+
+    calls: ClassVar[list[tuple[bool, bool]]] = []
+
+    def __init__(self, config, backbone, persons):
+        super().__init__(config, backbone, persons)
+        self.adapter = nn.Linear(backbone.width_image, backbone.width_image)
+
+    def extra_parts(self, batch):
+        patches = self.backbone.encode_image(batch.require("image")).hidden_patches
+        assert not self.training and not patches.requires_grad, "what a part reads is made without gradients"
+
+        def adapt():
+            self.calls.append((self.training, torch.is_grad_enabled()))
+            return self.adapter(patches)
+
+        return {"adapter": adapt}
+
+
+@pytest.mark.covers(221)
+def test_a_part_of_its_own_has_its_parameters_operations_and_time():
+    torch.manual_seed(0)
+    backbone = build("clip:micro")
+    method = Adapted(Clip.Config(), backbone, 4)
+    Adapted.calls.clear()
+    found = measure_costs(method, batch=4, text_length=9, repeats=2)
+    assert list(found) == ["image", "text", "adapter", "step"]
+    part, width, patches = found["adapter"], backbone.width_image, backbone.grid[0] * backbone.grid[1]
+    assert part.parameters == part.trainable == width * width + width
+    assert part.flops == 2 * patches * width * width, "what it reads is made before, and not counted"
+    assert part.milliseconds == pytest.approx(4e3 / part.items_per_second)
+    assert Adapted.calls[-3:] == [(False, False)] * 3, "timed as in retrieval"
+    assert method.training and all(p.grad is None for p in method.parameters())
+    row = costs_table(found).set_index("name").loc["adapter"]
+    assert row["parameters"] == part.parameters and row["milliseconds"] == part.milliseconds
 
 
 @pytest.mark.covers(161)

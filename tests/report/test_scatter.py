@@ -77,3 +77,42 @@ def test_a_map_of_one_feature_has_one_panel_and_many_labels_share_a_colour(tmp_p
 def test_targets_can_be_put_last():
     rows = pd.DataFrame({"feature": "f", "target": ["body", "a", "person", "b"]})
     assert list(scatter.order_targets(rows, ("body", "person"))["target"]) == ["a", "b", "body", "person"]
+
+
+def side_points(people=20):
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "panel": panel, "model": f"clip ({panel})", "feature": "embedding", "image_id": f"i{n}",
+            "person_id": f"p{n % people:02d}", "x": rng.normal(), "y": rng.normal(),
+        }
+        for panel in ("against", "this")
+        for n in range(60)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.covers(217, 231)
+def test_sides_name_their_models_and_numbers_and_people_have_one_colour_in_both(tmp_path):
+    sides = [
+        scatter.Side("against", "irra ($base$)", "embedding", "silhouette of people 0.120"),
+        scatter.Side("this", "hpl (ours)", "i2i", "silhouette of people 0.340"),
+    ]
+    people = tuple(f"p{number:02d}" for number in range(9))
+    data, svg = check(scatter.tsne_sides(side_points(), sides, tmp_path / "s", highlight=people, note="Not compared."))
+    assert len(data) == 120
+    for text in ("irra ($base$)", "hpl (ours)", "feature i2i", "people 0.120", "people 0.340", "p08", "everybody else"):
+        assert text in svg
+    assert "Not compared." in svg
+    # Three images of each of nine people in each panel, and one mark of each in the key: seven colours, then squares.
+    for number, colour in enumerate(scatter.SERIES[:7]):
+        shown = 2 if number < 2 else 1
+        assert svg.count(f"fill: {colour}") >= shown * 2 * 3
+    assert scatter.SERIES[7] not in svg, "grey is for everybody else"
+
+
+def test_nobody_is_everybody_else_where_all_people_are_coloured(tmp_path):
+    side = scatter.Side("this", "clip", "embedding", "")
+    people = ("p00", "p01", "p02")
+    svg = check(scatter.tsne_sides(side_points(3), [side], tmp_path / "s", highlight=people, note="x"))[1]
+    assert "p02" in svg and "everybody else" not in svg

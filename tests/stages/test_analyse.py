@@ -14,11 +14,13 @@ from PIL import Image
 from reidctl import tables
 from reidctl.backbones.weights import build
 from reidctl.batch import Batch
+from reidctl.cli.analyse import _lines
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import build_method, load_method, save_method
+from reidctl.methods.clip import Clip
 from reidctl.pixels import normalise, read_pixels
 from reidctl.runs import Run, digest
-from reidctl.stages import analyse, analyse_parts, features
+from reidctl.stages import analyse, features, kept_features
 from reidctl.synthped.config import SynthConfig
 from reidctl.synthped.dataset import write_dataset
 
@@ -27,7 +29,7 @@ BODY = {"gender": ("man", "woman"), "build": ("slim", "average", "heavy")}
 CLOTHES = {"upper_colour": ("red", "blue", "green", "black"), "lower_type": ("trousers", "skirt", "shorts")}
 SKIN = ("pale", "dark")
 SOME = 48  # images: probes of all are slow
-OF_HPL = {"attention", "cam", "pseudo", "words", "alarms"}
+OF_HPL = {"attention", "pseudo", "words", "alarms"}
 DONE = [name for name in analyse.DEFAULT if name not in OF_HPL]
 
 
@@ -116,7 +118,7 @@ def planted(tmp_path_factory):
         return {"embedding": np.hstack([body, clothes]), **streams}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyse_parts, "collect_features", collect)
+        patch.setattr(kept_features, "collect_features", collect)
         return run, analyse.run(run, what=["probes", "dependence,clones"], sensitive=True, device="cpu")["metrics"]
 
 
@@ -184,8 +186,8 @@ def test_dependence_tells_independent_streams_from_a_copy(planted, monkeypatch):
         clothes = hot(corpus.images, CLOTHES)
         return {"embedding": clothes, "identity": clothes[:, :3], "clothing": clothes}
 
-    monkeypatch.setattr(analyse_parts, "collect_features", collect)
-    copied = analyse.run(run, what=["dependence"], device="cpu")["metrics"]
+    monkeypatch.setattr(kept_features, "collect_features", collect)
+    copied = analyse.run(run, what=["dependence"], cache=False, device="cpu")["metrics"]
     for measure in ("hsic-linear", "hsic-linear-unit", "cka-linear", "cka-rbf"):
         entry = copied[f"dependence.identity.clothing.{measure}"]
         assert entry["p_value"] < 0.01 and entry["value"] > 2 * entry["control_high"]
@@ -196,7 +198,9 @@ def test_an_untrained_model_gives_every_analysis_and_its_files(made):
     assert record["analyses"] == DONE and 0 < SOME - record["images"] < 8
     folder = run.stage_dir("analyse")
     names = {path.name for path in folder.iterdir()}
-    figures = {f"{stem}.{end}" for stem in ("probes", "clones", "gates", "tsne") for end in ("png", "svg", "csv")}
+    figures = {
+        f"{stem}.{end}" for stem in ("probes", "clones", "gates", "tsne", "cam") for end in ("png", "svg", "csv")
+    }
     assert names == figures | {"analysis.parquet", "gates.json", "architecture.md", "stage.json"}
     assert {f"analyse/{name}" for name in names - {"stage.json"}} == set(record["outputs"])
     rows = rows_of(run)
@@ -305,7 +309,7 @@ def test_fewer_images_are_analysed_and_it_is_said(made, people, tmp_path):
 def test_what_does_not_apply_is_a_note_and_an_error_if_it_was_asked_for(people, tmp_path):
     run = trained(tmp_path / "r", people, name="clip", config={}, described=False)
     record = analyse.run(run, device="cpu", limit=40)
-    assert record["analyses"] == ["probes", "clones", "tsne", "architecture"]
+    assert record["analyses"] == ["probes", "clones", "compactness", "tsne", "architecture", "cam"]
     for name in ("dependence", "gates"):
         assert any(note.startswith(f"{name}: not done: the method `clip`") for note in record["notes"])
     kept = run.table("analyse", "analysis").read_bytes()
@@ -388,7 +392,36 @@ def test_costs_are_measured_when_asked_for_by_name_alone(made):
     read = [p.numel() for name, p in method.fusion.named_parameters() if not name.startswith("null")]
     assert found["efficiency.fusion.parameters"] == sum(read)
     for part in ("image", "text", "fusion", "step"):
-        assert all(found[f"efficiency.{part}.{name}"] > 0 for name in ("flops", "kept_bytes", "items_per_second"))
+        measured = ("flops", "kept_bytes", "items_per_second", "milliseconds")
+        assert all(found[f"efficiency.{part}.{name}"] > 0 for name in measured)
+    printed = "\n".join(_lines(run.path))
+    parameters = sum(read)
+    assert "ms/batch" in printed and f"{parameters:,}" in printed
+    assert f"{found['efficiency.fusion.milliseconds']:.3g}" in printed
+
+
+class Adapted(Clip):
+    """`clip` with a module of its own, as light as it gets."""
+
+    def extra_parts(self, batch):
+        patches = self.backbone.encode_image(batch.require("image")).hidden_patches
+        return {"adapter": lambda: self.backbone.image.last_norm(patches)}
+
+
+@pytest.mark.covers(221)
+def test_the_overhead_of_a_methods_own_part_is_printed(people, tmp_path, monkeypatch):
+    monkeypatch.setattr("reidctl.methods.clip.METHOD", Adapted)
+    run = trained(tmp_path / "r", people, name="clip", config={}, described=False)
+    record = analyse.run(run, what=["efficiency"], device="cpu")
+    found = record["metrics"]
+    width = load_method(run.stage_dir("finetune")).backbone.width_image
+    assert found["efficiency.adapter.parameters"] == 2 * width
+    printed = "\n".join(_lines(run.path))
+    line = next(line for line in printed.splitlines() if "adapter" in line)
+    assert f" {2 * width} " in line and f" {found['efficiency.adapter.milliseconds']:.3g} " in line
+    share = 100 * 2 * width / found["efficiency.image.parameters"]
+    note = next(note for note in record["notes"] if "adapter" in note)
+    assert f"{2 * width:,} parameters ({share:.3g} %" in note and "ms per batch" in note
 
 
 def test_probes_read_the_features_that_were_asked_for(made):
