@@ -264,7 +264,8 @@ class TrainingSet:
         augment: see `AugmentConfig`.
         interpolation: how images are resized.
         seed: of all random choices.
-        shuffle_labels: give every person all texts of another person (the control that must stay at chance).
+        shuffle_labels: give every person all texts of another person, or, where no text is read, images of anybody (the
+            control that must stay at chance).
         caption_free: make samples of images without a caption too.
 
     Raises:
@@ -306,6 +307,8 @@ class TrainingSet:
         # A combination may hold one picture twice, captioned in one dataset and not in the other.
         names = [digest or name for digest, name in zip(corpus.images["sha256"], self._names, strict=True)]
         self.picture_of_row = np.asarray(pd.factorize(np.asarray(names, object))[0], np.int64)
+        if shuffle_labels and "full" not in self.texts:
+            self.person_of_row = self._shuffled_people()
         self._choose_samples(caption_free)
         self._prepare_texts(tokenize, shuffle_labels)
 
@@ -347,6 +350,14 @@ class TrainingSet:
         by_person = np.argsort(self.person_of_row, kind="stable")
         bounds = np.searchsorted(self.person_of_row[by_person], np.arange(1, len(self.persons)))
         self._mates_of_person = [rows[own[rows]] for rows in np.split(by_person, bounds)]
+
+    def _shuffled_people(self) -> npt.NDArray[np.int64]:
+        """Every image given to some person of its dataset at random; everybody keeps their number of images."""
+        rng, given = np.random.default_rng((self.seed, 7)), self.person_of_row.copy()
+        for domain in range(len(self.domains)):
+            rows = np.flatnonzero(self.domain_of_row == domain)
+            given[rows] = self.person_of_row[rng.permutation(rows)]
+        return given
 
     def _shuffled(self, captions: list[str], identity: list[str], clothing: list[str]) -> tuple[list[str], ...]:
         """All texts of every person replaced by those of one other person, image by image at random."""

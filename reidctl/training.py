@@ -102,7 +102,8 @@ class TrainConfig(Section):
     (`evaluate`). Costs one model on disk per epoch: 60 epochs of CLIP ViT-B/16 in float32 are about 36 GB."""
     log_every: int = Field(10, ge=1)
     shuffle_labels: bool = False
-    """Give every person the texts of another: the control run that must stay at chance."""
+    """Give every person the texts of another, or images of anybody where no text is read: the control run that must
+    stay at chance."""
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "TrainConfig":

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from PIL import Image
 from reidctl import tables
 from reidctl.augment import AugmentConfig
 from reidctl.batch import Tokens
-from reidctl.data import TokenTable, TrainingSet, build_corpus, training_part
+from reidctl.data import (
+    TokenTable,
+    TrainingSet,
+    build_corpus,
+    camera_names,
+    camera_numbers,
+    datasets_part,
+    roster_of,
+    training_part,
+)
 from reidctl.errors import DataError
 from reidctl.pixels import PixelStore, normalise, read_pixels
 
@@ -364,3 +374,71 @@ def test_a_dataset_without_captions_is_refused_with_what_is_missing_and_the_comm
     tables.write_table(described, "captions", tables.read_table(described, "captions").iloc[:0])
     with pytest.raises(DataError, match=r"no identity text.*reidctl caption"):
         training_set(blocks, texts=("identity",))
+
+
+def of_two_datasets(images):
+    """Images whose person 0 is in both datasets; `a` and `b` have a camera 1 each, and one camera is unknown."""
+    rows = [("b", "p", "1"), ("a", "q", "2"), ("b", "r", None), ("a", "p", "1"), ("a", "q", "1")]
+    frame = images.iloc[: len(rows)].copy()
+    for column, place in (("dataset", 0), ("person_id", 1), ("camera_id", 2)):
+        frame[column] = [row[place] for row in rows]
+    return frame
+
+
+@pytest.mark.covers(215)
+def test_a_roster_numbers_datasets_people_and_cameras_in_the_order_of_their_names(blocks):
+    images = of_two_datasets(corpus_of(blocks).images)
+    found = roster_of(images)
+    assert found.domains == ("a", "b")
+    # p, q, r are 0, 1, 2; p is in both.
+    assert found.people == ((0, 1), (0, 2))
+    assert found.cameras == ("a/1", "a/2", "b/1")
+    assert roster_of(images.iloc[::-1]) == found
+    assert roster_of(images.assign(camera_id=None)).cameras == ()
+
+
+@pytest.mark.covers(215)
+def test_a_roster_s_numbers_are_those_of_the_batches(blocks):
+    without_captions(blocks, range(5, 8))
+    corpus = corpus_of(blocks)
+    corpus.images["camera_id"] = corpus.images["camera_id"].where(corpus.images.index % 5 != 0, None)
+    samples = TrainingSet(
+        corpus, size=(64, 32), mean=(0.5,) * 3, std=(0.5,) * 3, tokenize=tokenize, texts=(), augment=STILL
+    )
+    roster = roster_of(corpus.images)
+    batch = samples.collate([samples[(0, n, n)] for n in range(len(samples))])
+    assert tuple(samples.domains) == roster.domains
+    for domain, people in enumerate(roster.people):
+        assert set(batch.person[batch.domain == domain].tolist()) == set(people)
+    names = [None if number < 0 else roster.cameras[number] for number in batch.camera.tolist()]
+    assert names == list(camera_names(corpus.images))
+    assert batch.camera.dtype == torch.int64 and names[0] is None and names[1] == "blocks/c1"
+    # Parts of a batch keep their cameras.
+    pairs = replace(batch, has_text=torch.arange(len(batch)) % 2 == 0).pairs()
+    assert torch.equal(pairs.camera, batch.camera[::2]) and torch.equal(pairs.domain, batch.domain[::2])
+
+
+def test_cameras_of_two_datasets_never_agree_and_an_unknown_one_has_no_name_and_the_number_minus_one(blocks):
+    images = of_two_datasets(corpus_of(blocks).images)
+    assert camera_names(images).tolist() == ["b/1", "a/2", None, "a/1", "a/1"]
+    numbers = camera_numbers(images, ("a/1", "b/1", "c/9"))
+    assert numbers.tolist() == [1, -1, -1, 0, 0] and numbers.dtype == np.int64
+    assert camera_numbers(images, ()).tolist() == [-1] * 5
+    assert camera_names(images.iloc[:0]).tolist() == [] and camera_numbers(images.iloc[:0], ("a/1",)).tolist() == []
+
+
+@pytest.mark.covers(215)
+def test_a_part_of_a_corpus_is_the_images_and_captions_of_the_named_datasets(blocks):
+    images = tables.read_table(blocks / "images.parquet", "images")
+    even = images["image_id"].str.endswith(("0", "2"))
+    tables.write_table(blocks / "images.parquet", "images", images.assign(dataset=np.where(even, "x", "y")))
+    corpus = corpus_of(blocks)
+    assert datasets_part(corpus, ()) is corpus
+    found = datasets_part(corpus, ("y",))
+    assert len(found.images) == len(found.captions) == 8 and set(found.images["dataset"]) == {"y"}
+    named = found.images["image_id"].iloc[found.captions["row"].to_numpy()]
+    assert named.tolist() == found.captions["image_id"].tolist()
+    assert found.identity == [text for text, own in zip(corpus.identity, ~even, strict=True) if own]
+    assert len(datasets_part(corpus, ("y", "x")).images) == 24
+    with pytest.raises(DataError, match=r"no images of dataset `z`.*Known: x, y"):
+        datasets_part(corpus, ("x", "z"))

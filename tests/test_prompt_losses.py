@@ -138,3 +138,93 @@ def test_all_are_computed_in_full_precision_and_zero_with_a_gradient_of_zeros_wh
         assert zero.item() == 0.0
         zero.backward()
         assert nothing.grad.shape == nothing.shape
+
+
+def dots(rows, columns, temperature=1.0):
+    return [[sum(a * b for a, b in zip(x, y, strict=True)) / temperature for y in columns] for x in rows]
+
+
+def share_of(scores, place):
+    return math.log(math.exp(scores[place]) / sum(math.exp(score) for score in scores))
+
+
+def contrast_by_loop(image, text, person, temperature=1.0):
+    """Both directions, each the mean over rows of the mean over all columns of the same person."""
+    whole = 0.0
+    for table in (dots(image, text, temperature), dots(text, image, temperature)):
+        for row, own in enumerate(person):
+            mine = [place for place, other in enumerate(person) if other == own]
+            whole -= sum(share_of(table[row], place) for place in mine) / len(mine) / len(person)
+    return whole
+
+
+@pytest.mark.covers(206, 222)
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_prompt_contrast_repeats_prompts_with_their_people_and_sums_both_directions(temperature, normalize):
+    image, prompt = some(6), some(3, seed=1)
+    scale = (lambda rows: rows / rows.norm(dim=1, keepdim=True)) if normalize else (lambda rows: rows)
+    own = [OWNER.tolist().index(person) for person in PERSON.tolist()]
+    expected = contrast_by_loop(scale(image).tolist(), scale(prompt)[own].tolist(), PERSON.tolist(), temperature)
+    asked = {"temperature": temperature, "normalize": normalize}
+    found = prompt_losses.prompt_contrast(image, prompt, PERSON, OWNER, **asked)
+    assert found.item() == pytest.approx(expected)
+    # The order of the prompts, and prompts of people who are not there, change nothing.
+    shuffled = torch.tensor([2, 0, 1])
+    more = torch.cat([some(1, seed=9), prompt[shuffled]])
+    owners = torch.cat([torch.tensor([1]), OWNER[shuffled]])
+    assert prompt_losses.prompt_contrast(image, more, PERSON, owners, **asked).item() == pytest.approx(expected)
+
+
+@pytest.mark.covers(222)
+def test_the_prompt_contrast_is_worked_by_hand_and_is_of_raw_dot_products_by_default():
+    image, prompt = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    people = torch.tensor([0, 1])
+    # Dot products 1 0 / 0 2 in both directions: -log(e / (e + 1)) and -log(e^2 / (e^2 + 1)), in the mean, twice.
+    expected = math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))
+    assert prompt_losses.prompt_contrast(image, prompt, people, people).item() == pytest.approx(expected)
+    cosine = prompt_losses.prompt_contrast(image, prompt, people, people, normalize=True).item()
+    assert cosine == pytest.approx(2 * math.log(1 + math.exp(-1)))
+    # Two images of one person alone: both columns are right, and each has half of the mass.
+    alone = prompt_losses.prompt_contrast(image[:1].expand(2, 2), prompt[:1], torch.tensor([0, 0]), torch.tensor([0]))
+    assert alone.item() == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.covers(214, 222)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("temperature", "smoothing"), [(1.0, 0.1), (0.3, 0.0)])
+def test_image_to_text_is_a_smoothed_classification_among_all_people(normalize, temperature, smoothing):
+    image, prompt, target = some(5), some(9, seed=1), [0, 8, 3, 3, 5]
+    scale = (lambda rows: rows / rows.norm(dim=1, keepdim=True)) if normalize else (lambda rows: rows)
+    expected = 0.0
+    for scores, own in zip(dots(scale(image).tolist(), scale(prompt).tolist(), temperature), target, strict=True):
+        for place in range(9):
+            wanted = smoothing / 9 + (1 - smoothing) * (place == own)
+            expected -= wanted * share_of(scores, place) / 5
+    asked = {"normalize": normalize, "temperature": temperature, "smoothing": smoothing}
+    found = prompt_losses.image_to_text(image, prompt, torch.tensor(target), **asked)
+    assert found.item() == pytest.approx(expected)
+
+
+def test_image_to_text_smooths_by_a_tenth_and_neither_scales_nor_normalises_by_default():
+    image, prompt = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    # Scores 3 and 0: 0.95 on the first, 0.05 on the second.
+    expected = 0.95 * math.log(1 + math.exp(-3)) + 0.05 * (3 + math.log(1 + math.exp(-3)))
+    assert prompt_losses.image_to_text(image, prompt, torch.tensor([0])).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_clip_reid_s_losses_are_computed_in_full_precision_and_zero_without_images(narrow):
+    image, prompt, person = some(4, dtype=torch.float32).to(narrow), some(4, seed=1).to(narrow), torch.arange(4)
+    calls = [
+        lambda x, p: prompt_losses.prompt_contrast(x, prompt.to(x.dtype), p, torch.arange(4)),
+        lambda x, p: prompt_losses.image_to_text(x, prompt.to(x.dtype), p),
+    ]
+    for call in calls:
+        found = call(image, person)
+        assert found.dtype == torch.float32 and torch.equal(found, call(image.float(), person))
+        nothing = image[:0].float().requires_grad_()
+        zero = call(nothing, person[:0])
+        assert zero.item() == 0.0
+        zero.backward()
+        assert nothing.grad.shape == nothing.shape

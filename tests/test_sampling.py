@@ -201,3 +201,38 @@ def test_the_same_seed_deals_the_same_batches():
     person, image = samples_of([[2, 1, 3]] * 6)
     one, other = (identity_batches(person, image, batch=8, instances=2, rng=generator(5)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.covers(215)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=4), st.integers(2, 7), st.integers(0, 99))
+def test_alternating_random_batches_hold_one_domain_each_and_every_sample_of_the_longest(sizes, size, seed):
+    domain = np.repeat(np.arange(len(sizes)), sizes)
+    image = np.arange(len(domain))
+    asked = {"batch": size, "instances": None, "rng": generator(seed)}
+    batches = alternating_batches(np.zeros(len(domain), int), image, domain, **asked, power=1.0)
+    assert all(len(set(domain[batch])) == 1 for batch in batches)
+    assert all(0 < len(batch) <= size + 1 and len(set(batch)) == len(batch) for batch in batches)
+    # An epoch is long enough that nobody is left out.
+    assert set(np.concatenate(batches)) == set(range(len(domain)))
+
+
+@pytest.mark.covers(215)
+def test_alternating_random_batches_of_one_domain_are_random_batches():
+    image = np.repeat(np.arange(15), 2)
+    found = alternating_batches(
+        np.arange(30) // 4, image, np.zeros(30, int), batch=7, instances=None, power=0.5, rng=generator(3)
+    )
+    expected = random_batches(image, batch=7, rng=generator(3))
+    assert [batch.tolist() for batch in found] == [batch.tolist() for batch in expected]
+    assert sorted(np.concatenate(found)) == list(range(30))
+
+
+def test_alternating_random_batches_take_turns_by_size_to_the_power():
+    domain = np.repeat([0, 1], [400, 100])
+    for power, expected in ((1.0, 0.8), (0.5, 2 / 3), (0.0, 0.5)):
+        batches = alternating_batches(
+            np.zeros(500, int), np.arange(500), domain, batch=20, instances=None, power=power, rng=generator()
+        )
+        share = np.mean([domain[batch[0]] == 0 for batch in batches])
+        assert share == pytest.approx(expected, abs=1 / len(batches))

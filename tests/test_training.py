@@ -6,11 +6,13 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import corpus_of, without_captions, write_dataset
 from safetensors.torch import load_file, save
 
+from reidctl import tables
 from reidctl.augment import AugmentConfig
 from reidctl.backbones.weights import build
 from reidctl.config import parse_section
@@ -413,3 +415,76 @@ def test_an_interrupt_while_the_state_is_written_is_an_interrupt_and_leaves_noth
         _save_whole({}, tmp_path / "state.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     assert (tmp_path / "state.pt").read_bytes() == b"older"
+
+
+@pytest.mark.covers(58)
+def test_a_schedule_may_count_epochs_from_one_as_clip_reid_does():
+    plain = TrainConfig(epochs=60, warmup_epochs=10, warmup_factor=0.1, schedule="step", milestones=(30, 50))
+    shifted = plain.replace(first_epoch=1)
+    assert [learning_rate_factor(plain, e) for e in (0, 9, 10, 29)] == pytest.approx([0.1, 0.91, 1.0, 1.0])
+    # The warm-up ends, and the milestones come, an epoch earlier.
+    assert [learning_rate_factor(shifted, e) for e in (0, 8, 9)] == pytest.approx([0.19, 0.91, 1.0])
+    assert [learning_rate_factor(shifted, e) for e in (28, 29, 48, 49)] == pytest.approx([1.0, 0.1, 0.1, 0.01])
+    falling = TrainConfig(epochs=10, warmup_epochs=0, schedule="exponential", gamma=0.8, first_epoch=1)
+    assert learning_rate_factor(falling, 0) == pytest.approx(0.8)
+
+
+@pytest.mark.covers(58)
+def test_a_cosine_may_run_under_the_warm_up_and_end_above_zero():
+    rest = TrainConfig(epochs=20, warmup_epochs=4, warmup_factor=0.5, final_factor=0.1)
+    over_all = rest.replace(cosine_over="all")
+    for config in (rest, over_all):
+        assert [learning_rate_factor(config, e) for e in (0, 2)] == pytest.approx([0.5, 0.75])
+        assert learning_rate_factor(config, 20) == pytest.approx(0.1)
+    # From 1 where the warm-up ends; or in the middle of a curve that began with it.
+    assert [learning_rate_factor(rest, e) for e in (4, 12)] == pytest.approx([1.0, 0.55])
+    quarter = 0.1 + 0.9 * (1 + math.cos(math.pi / 5)) / 2
+    assert [learning_rate_factor(over_all, e) for e in (4, 10)] == pytest.approx([quarter, 0.55])
+    # Beyond the last epoch (it is number 20 when they are counted from 1) it stays at the end.
+    assert learning_rate_factor(over_all.replace(first_epoch=1), 19) == pytest.approx(0.1)
+    assert learning_rate_factor(over_all, 25) == pytest.approx(0.1)
+    defaults = TrainConfig()
+    assert (defaults.final_factor, defaults.cosine_over, defaults.first_epoch) == (0.0, "rest", 0)
+
+
+@pytest.mark.covers(59)
+def test_biases_decay_like_everything_else_when_asked_to_and_only_then(blocks, tmp_path):
+    one = trainer(blocks, tmp_path)
+    for asked, expected in ((False, 0.0), (True, 1e-3)):
+        config = SMALL.replace(lr=1e-4, lr_new=1e-4, weight_decay=1e-3, bias_lr_factor=2.0, decay_biases=asked)
+        groups = build_optimizer(one.method, "finetune", config).param_groups
+        facts = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        for name, parameter in one.method.named_parameters():
+            rate, decay = facts[id(parameter)]
+            if name.endswith("bias"):
+                assert (rate, decay) == (pytest.approx(2e-4), expected), name
+            else:
+                assert decay == (0.0 if name.endswith(("A_log", ".D")) else 1e-3), name
+    assert TrainConfig().decay_biases is False
+
+
+@pytest.mark.covers(58)
+def test_the_rates_of_a_training_are_those_of_its_schedule_counted_from_one(blocks, tmp_path):
+    config = SMALL.replace(
+        epochs=3, warmup_epochs=2, warmup_factor=0.2, final_factor=0.1, cosine_over="all", first_epoch=1
+    )
+    rows = trainer(blocks, tmp_path, config, name="irra").run().history
+    found = rows[rows["name"] == "lr"].groupby("epoch")["value"].agg(["min", "max"]).to_numpy()
+    # Epoch 1 of 2 is half-way up from 0.2; then the cosine of 3 epochs at 2 and at 3. Biases are twice as fast.
+    rates = [2e-3 * factor for factor in (0.6, 0.1 + 0.9 * 0.25, 0.1)]
+    assert found == pytest.approx(np.array([[rate, rate] for rate in rates]))
+
+
+@pytest.mark.covers(215)
+def test_alternating_random_batches_come_from_one_dataset_each_and_need_no_k(blocks, tmp_path):
+    without_captions(blocks, range(5, 8))
+    images = tables.read_table(blocks / "images.parquet", "images")
+    one = trainer(blocks, tmp_path, SMALL.replace(sampler="random", batch=5, instances=3), name="irra")
+    assert len(images) == 24 and all(len(batch) for batch in one._batches(0))
+    # All captions are of one dataset: the batches are the random ones.
+    alternating = trainer(blocks, tmp_path, SMALL.replace(sampler="alternating-random", batch=5), name="irra")
+    assert [b.tolist() for b in alternating._batches(1)] == [b.tolist() for b in one._batches(1)]
+    assert [b.tolist() for b in alternating._batches(1)] != [b.tolist() for b in alternating._batches(2)]
+    alternating.samples.domain_of_row = np.arange(24) % 2
+    for batch in alternating._batches(0):
+        assert len(set(batch % 2)) == 1

@@ -33,3 +33,15 @@ class TripletConfig(Section):
     """`batch_hard` can collapse a model that starts from nothing to one point; `all` averages over every triplet."""
     normalize: bool = True
     """Put the features on the unit sphere first, so that the margin has a scale."""
+
+
+class PlainTripletConfig(TripletConfig):
+    """The same with plain distances, as in the image-to-image papers; one setting alone leaves the others so."""
+
+    squared: bool = False
+
+
+class RawTripletConfig(PlainTripletConfig):
+    """The same on features as they are, as in CLIP-ReID's code."""
+
+    normalize: bool = False

@@ -22,7 +22,7 @@ from reidctl.config import Section
 from reidctl.errors import UsageError
 from reidctl.layers.bnneck import BNNeck
 from reidctl.layers.prompts import Prompt, PromptTemplate
-from reidctl.layers.settings import TripletConfig
+from reidctl.layers.settings import RawTripletConfig
 from reidctl.methods.base import Method, MethodConfig, Role, Task, unit
 
 
@@ -53,7 +53,7 @@ class ClipReidConfig(MethodConfig):
     """Of the classification among prompts in stage 2."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Of the identity and image-to-text losses."""
-    triplet: TripletConfig = TripletConfig(squared=False, normalize=False)
+    triplet: RawTripletConfig = RawTripletConfig()
     sie: SieConfig = SieConfig()
     i2i_feature: Literal["concat", "proj", "bn"] = "concat"
     """What is compared image to image: class token before and after the projection, joined; the projected one alone; or
@@ -152,6 +152,8 @@ class ClipReid(Method):
             lambda words: backbone.tokenize(words),
             context=backbone.context_length,
         )
+        if "id" not in self.sentence.slots:
+            raise UsageError("`method.template` has no slot `{id}`.", hint=f"It says: {config.template!r}.")
 
     @property
     def train_texts(self) -> tuple[str, ...]:
@@ -297,7 +299,7 @@ class ClipReid(Method):
         if "triplet" in wanted:
             found["triplet"] = self._triplets(seen, person)
         if "i2t" in wanted:
-            texts = self.group_texts(group).to(seen.proj.dtype)
+            texts = self.group_texts(group)
             found["i2t"] = prompt_losses.image_to_text(
                 seen.proj,
                 texts,

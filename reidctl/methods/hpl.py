@@ -24,7 +24,7 @@ from reidctl.errors import UsageError
 from reidctl.layers.bnneck import BNNeck
 from reidctl.layers.inversion import Inversion, Readout, diversity, mismatch
 from reidctl.layers.prompts import PromptTemplate, to_words
-from reidctl.layers.settings import TripletConfig
+from reidctl.layers.settings import PlainTripletConfig
 from reidctl.methods.base import Method, MethodConfig, Role, Task, unit
 
 Slots = dict[str, Tensor]
@@ -114,7 +114,7 @@ class HplConfig(MethodConfig):
     ilpa_detach: Literal["none", "prompt", "feature"] = "none"
     """Which side of L_tgps and L_vgps gets no gradient."""
     stage2: StageTwoConfig = StageTwoConfig()
-    triplet: TripletConfig = TripletConfig(squared=False)
+    triplet: PlainTripletConfig = PlainTripletConfig()
     freeze: tuple[Literal["image", "text"], ...] = ()
     """Encoders that stage II leaves as they are; the second class token still trains."""
     i2i_feature: Literal["proj", "concat", "bn"] = "proj"

@@ -245,6 +245,19 @@ def _prepare_images(backbone: Backbone, towers: BackboneSettings, training: Trai
     backbone.prepare_images(mean=mean, std=std, interpolation=training.augment.interpolation)
 
 
+def require_losses(model: Method, stage: str) -> None:
+    """Refuse a training without any loss.
+
+    Raises:
+        UsageError: every loss of the stage has weight 0.
+    """
+    if not model.current_weights(stage):
+        raise UsageError(
+            f"Every loss of `{model.name}` in `{stage}` has weight 0, so nothing would be learnt.",
+            hint=f"Its losses: {', '.join(model.loss_weights)}.",
+        )
+
+
 def _check_sampler(model: Method, sampler: str) -> None:
     if sampler == "mixed" and not model.learns_without_text:
         able = [name for name in method_names() if method_class(name).learns_without_text]

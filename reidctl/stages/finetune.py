@@ -171,6 +171,7 @@ def _train(
     if training.select == "test":
         log.warning("The epoch is chosen on the TEST split: the result is not a test of anything unseen.")
     model = building.build_model(train, checked, training, seed)
+    building.require_losses(model, STAGE)
     samples = building.training_set(train, model, training, seed)
     if prompts is not None:
         prompt_stage.hand_over(prompts, model, samples.persons)

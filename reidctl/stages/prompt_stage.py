@@ -89,6 +89,7 @@ def run(
     fresh = fingerprint(resolved, inputs)
     train = training_part(corpus.of_split("train"), checked.handling.part)
     model = building.build_model(train, checked, training, seed)
+    building.require_losses(model, STAGE)
     samples = building.training_set(train, model, training, seed)
     before = _encoders(model)
     samples.frozen = _freeze(model, samples, training, folder / "frozen", fresh, target)

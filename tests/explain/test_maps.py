@@ -9,8 +9,9 @@ from reidctl import tables
 from reidctl.backbones.weights import build
 from reidctl.data import build_corpus
 from reidctl.errors import DataError
-from reidctl.explain.maps import USER_QUERY, explain_phrases, grid_map, pick_phrases, upsample
+from reidctl.explain.maps import USER_QUERY, explain_phrases, grid_map, pair_batch, pick_phrases, upsample
 from reidctl.methods.base import build_method
+from reidctl.pixels import PixelStore
 
 SENTENCE = "A person with a red shirt walks in blue trousers."
 
@@ -48,6 +49,14 @@ def test_phrases_of_a_caption_keep_their_place_and_others_are_explained_whole(co
     other = next(p for p in found if p.query_id == corpus.captions["caption_id"].iloc[5])
     assert other.text == corpus.captions["text"].iloc[5]
     assert (other.char_start, other.char_end) == (0, len(other.text))
+
+
+def test_a_pair_knows_its_cameras_where_the_method_tells_them_apart(corpus, method, monkeypatch):
+    store = PixelStore(corpus.paths(), method.backbone.image_size)
+    assert pair_batch(method, corpus, [4, 0], None, store).camera is None
+    monkeypatch.setattr(type(method), "cameras", ("blocks/c1", "blocks/c2"))
+    given = pair_batch(method, corpus, [4, 0, 2], ["a", "b", "c"], store)
+    assert given.camera.tolist() == [0, -1, 1] and given.image_id == ("p1-1", "p0-0", "p0-2")
 
 
 def test_the_choice_depends_on_the_seed_alone(corpus, captions):
