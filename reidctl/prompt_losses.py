@@ -138,6 +138,31 @@ def prompt_contrast(
 
 
 @in_full_precision
+def class_contrast(
+    image: Tensor, prompt: Tensor, target: Tensor, *, temperature: float = 1.0, normalize: bool = False
+) -> Tensor:
+    """Contrast of images with prompts of classes, every class there once, both directions (prompts of datasets alone).
+
+    -mean_i log softmax_k(v_i . r_k / temperature) at k = target_i, over all classes, whoever is in the batch; and for
+    each class in the batch -mean_{i of k} log softmax_i(v_i . r_k / temperature), averaged over them.
+
+    Args:
+        image: shape (B, D).
+        prompt: shape (K, D).
+        target: class of each image, shape (B,), in 0..K-1.
+        temperature, normalize: see `prompt_contrast`.
+
+    Returns:
+        Scalar in nats.
+    """
+    if normalize:
+        image, prompt = F.normalize(image, dim=-1), F.normalize(prompt, dim=-1)
+    logits = image @ prompt.T / temperature
+    match = target[:, None] == torch.arange(len(prompt), device=target.device)[None, :]
+    return contrast(logits, match) + contrast(logits.T, match.T, multiple="mean")
+
+
+@in_full_precision
 def image_to_text(
     image: Tensor,
     prompt: Tensor,

@@ -19,7 +19,7 @@ from reidctl.errors import UsageError
 from reidctl.layers.context import HcpConfig, HierarchicalContext
 from reidctl.layers.prompts import Prompt
 from reidctl.layers.sga import SemanticGroupingAdapter, SgaConfig
-from reidctl.methods.base import Role
+from reidctl.methods.base import Role, unit
 from reidctl.methods.clip_reid import ClipReid, ClipReidConfig, Seen
 
 
@@ -37,8 +37,9 @@ class MtaClipConfig(ClipReidConfig):
     def prompt_settings(self) -> dict[str, Any]:
         """Everything that stage 1 reads of the settings."""
         whole = self.model_dump(mode="json")
-        # Without adaptation the read-out alone decides what the image feature is, and only where there is an adapter.
-        readout = whole["sga"]["readout"] if self.sga.enabled else None
+        # Nothing is adapted there, so read-outs with the same projected feature share their prompts.
+        same = {"concat": "cls_plus_gap", "pre_last": None}
+        readout = same.get(self.sga.readout, self.sga.readout) if self.sga.enabled else None
         found = super().prompt_settings()
         found["weights"]["orth"] = self.weights.get("orth", 0.0)
         return {**found, "hcp": whole["hcp"], "readout": readout, "heads": whole["heads"]}
@@ -145,11 +146,21 @@ class MtaClip(ClipReid):
 
     def activation(self, batch: Batch) -> Tensor:
         """Return how much each adapted patch speaks for its image's feature, (B, h, w); see `Method.activation`."""
-        if not self._has_adapter or self.config.sga.readout == "pre_last":
-            return super().activation(batch)
         images = batch.require("image")
-        patches = self._adapt(self.backbone.encode_image(images).hidden_patches)
-        return self._towards(self.backbone.image.project(patches), self.look(images).proj)
+        return self._towards(self._patches(images), self.look(images).proj)
+
+    def patch_similarity(self, batch: Batch) -> Tensor:
+        """Return the cosine of every adapted patch with the text in the joint space, shape (B, N)."""
+        with torch.no_grad():
+            patches = unit(self._patches(batch.require("image")))
+            return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """The patches as the feature reads them, in the joint space, (B, N, D)."""
+        early = self._has_adapter and self.config.sga.readout == "pre_last"
+        hidden = self.backbone.encode_image(images, adapt=self._adapt if early else None).hidden_patches
+        adapted = self._adapt(hidden) if self._has_adapter and not early else hidden
+        return self.backbone.image.project(adapted)
 
     # Losses
 
@@ -177,12 +188,10 @@ class MtaClip(ClipReid):
         if not self._by_domain:
             return super()._contrast(batch)
         domain, config = batch.require("domain"), self.config.con
-        every = torch.arange(len(self.roster.domains), device=domain.device)
-        return prompt_losses.prompt_contrast(
+        return prompt_losses.class_contrast(
             self._kept(batch),
             self.domain_features(),
             domain,
-            every,
             temperature=config.temperature,
             normalize=config.normalize,
         )

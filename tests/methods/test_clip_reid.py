@@ -834,7 +834,7 @@ def test_one_setting_of_the_triplet_loss_leaves_the_others_as_published():
 
 
 def test_a_sentence_without_the_persons_tokens_is_refused():
-    with pytest.raises(UsageError, match="no slot `{id}`"):
+    with pytest.raises(UsageError, match=r"no slot `\{id\}`"):
         reid(template="A photo of a person.")
 
 
