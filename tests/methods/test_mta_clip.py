@@ -38,11 +38,6 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    return two_datasets(tmp_path_factory.mktemp("mta") / "single", one=True)
-
-
-@pytest.fixture(scope="module")
 def corpus(data):
     return corpus_of(data).of_split("train")
 
