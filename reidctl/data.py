@@ -122,13 +122,20 @@ def datasets_part(corpus: Corpus, names: Sequence[str]) -> Corpus:
     Raises:
         DataError: one of them is not there.
     """
-    if not names:
-        return corpus
-    known = sorted(set(corpus.images["dataset"].astype(str)))
+    check_datasets(corpus.images, names)
+    return corpus.of_rows(np.flatnonzero(corpus.images["dataset"].isin(names))) if names else corpus
+
+
+def check_datasets(images: pd.DataFrame, names: Sequence[str]) -> None:
+    """Refuse names of datasets that no image is of.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    known = sorted(set(images["dataset"].astype(str)))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise DataError(f"There are no images of dataset `{unknown[0]}`.", hint=f"Known: {', '.join(known)}.")
-    return corpus.of_rows(np.flatnonzero(corpus.images["dataset"].isin(names)))
 
 
 def _split_hint(splits: Sequence[str]) -> str:

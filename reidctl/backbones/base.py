@@ -316,6 +316,18 @@ class Backbone(nn.Module):
         self.image.checkpointing = self.text.checkpointing = enable
 
 
+def check_stride(stride: int, patch: int) -> None:
+    """Refuse a step between patches that leaves pixels unread.
+
+    Raises:
+        UsageError: it is not between 1 and the patch size.
+    """
+    if not 1 <= stride <= patch:
+        raise UsageError(
+            f"A stride of {stride} pixels does not fit patches of {patch}.", hint=f"Give a number from 1 to {patch}."
+        )
+
+
 def last_real(mask: Tensor) -> Tensor:
     """Return the index (B,) of the last real token of each text."""
     return mask.sum(dim=1) - 1

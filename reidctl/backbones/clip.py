@@ -21,6 +21,7 @@ from reidctl.backbones.base import (
     TextFeatures,
     TextTower,
     Tower,
+    check_stride,
     join_class_tokens,
     last_real,
     of_patches,
@@ -204,6 +205,7 @@ class ClipBackbone(Backbone):
 
 def _overlap(visual: VisionTransformer, image_size: tuple[int, int], stride: int) -> None:
     """Let the patches overlap: a smaller step of the same patch projection gives a finer grid (TransReID)."""
+    check_stride(stride, int(visual.patch_size[0]))
     visual.conv1.stride = (stride, stride)
     size = cast(tuple[int, int], visual.patch_size)
     visual.grid_size = tuple((whole - patch) // stride + 1 for whole, patch in zip(image_size, size, strict=True))

@@ -22,6 +22,7 @@ from reidctl.backbones.base import (
     TextFeatures,
     TextTower,
     Tower,
+    check_stride,
     join_class_tokens,
     of_patches,
 )
@@ -145,6 +146,7 @@ class VitTower(_Tower, ImageTower):
     def __init__(self, size: VitSize, image_size: tuple[int, int], dim: int, stride: int | None = None) -> None:
         super().__init__()
         patch, step = size.patch_size, stride or size.patch_size
+        check_stride(step, patch)
         self.width, self.image_size, self.patch_size = size.hidden_size, image_size, (patch, patch)
         self.grid = ((image_size[0] - patch) // step + 1, (image_size[1] - patch) // step + 1)
         self.cls_token = nn.Parameter(torch.zeros(self.width))

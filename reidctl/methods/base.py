@@ -88,11 +88,18 @@ class Method(nn.Module, ABC):
         self.config = config
         self.backbone = backbone
         self.persons = persons
+        self._cut: list[Tensor] | None = None
         unknown = sorted(set(config.weights) - set(self.loss_weights))
         if unknown:
             raise UsageError(
                 f"`{self.name}` has no loss `{unknown[0]}`.",
                 hint=f"Its losses: {', '.join(self.loss_weights) or 'none'}.",
+            )
+        negative = sorted(name for name, weight in config.weights.items() if not weight >= 0)
+        if negative:
+            raise UsageError(
+                f"`method.weights.{negative[0]}` is {config.weights[negative[0]]}: training would make that loss grow.",
+                hint="Give 0 or more.",
             )
 
     @property
@@ -350,8 +357,8 @@ class Method(nn.Module, ABC):
 
         Args:
             batch: B image-text pairs: image i with text `full` i.
-            explainer: `gradcam` (Selvaraju et al. 2017 on the tokens that enter the last block: the ReLU of the
-                sum over channels of gradient x activation, gradient of cos(image, text)) or `patch` (cosine of each
+            explainer: `gradcam` (Selvaraju et al. 2017 on the tokens that enter the last block's attention: the ReLU of
+                the sum over channels of gradient x activation, gradient of cos(image, text)) or `patch` (cosine of each
                 projected patch with the text, negative values cut).
 
         Raises:
@@ -373,7 +380,7 @@ class Method(nn.Module, ABC):
             return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
 
     def _gradcam(self, batch: Batch, score: Callable[[], Tensor] | None = None) -> Tensor:
-        """Gradient x activation at the input of the last block, patch tokens only, shape (B, N).
+        """Gradient x activation at the norm in front of the last block's attention, patch tokens only, shape (B, N).
 
         The gradient is of the scalar `score()`, which must pass the images of the batch through the image tower once;
         default: the sum of cos(image, text).
@@ -385,6 +392,7 @@ class Method(nn.Module, ABC):
             return kept[-1]
 
         handle = self.backbone.image.last_norm.register_forward_hook(keep)
+        self._cut = []
         try:
             with torch.enable_grad():
                 if score is None:
@@ -393,12 +401,30 @@ class Method(nn.Module, ABC):
                     similarity = (self.embed_images(batch) * text).sum()
                 else:
                     similarity = score()
-                grad = torch.autograd.grad(similarity, kept[0])[0]
+                watched = [kept[0], *self._cut]
+                grads = torch.autograd.grad(similarity, watched, allow_unused=True)
         finally:
             handle.remove()
+            self._cut = None
         patches = self.backbone.grid[0] * self.backbone.grid[1]
         # Class tokens come first, whatever their number.
-        return (grad * kept[0]).sum(-1)[:, -patches:].relu().detach()
+        each = [
+            (grad * tokens).sum(-1)[:, -patches:]
+            for grad, tokens in zip(grads, watched, strict=True)
+            if grad is not None
+        ]
+        return torch.stack(each).sum(dim=0).relu().detach()
+
+    def _watched(self, patches: Tensor) -> Tensor:
+        """Return patches behind the last norm that the feature reads directly, so that Grad-CAM sees this path too.
+
+        What reaches the feature through the class token is seen at the norm in front of the last block's attention.
+        The two paths are cut from each other here, so that nothing counts twice.
+        """
+        if self._cut is None:
+            return patches
+        self._cut.append(patches.detach().requires_grad_())
+        return self._cut[-1]
 
 
 def method_names() -> list[str]:

@@ -7,7 +7,7 @@ code (Syliz517/CLIP-ReID at eb1898b, configs/person/vit_clipreid.yml) without wh
 when the images divide by 64, batches that must hold exactly K images of everybody, devices written into the code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -221,6 +221,12 @@ class ClipReid(Method):
         if stage == "finetune" and self.active("i2t"):
             self._texts = [self.group_texts(group) for group in range(len(self.local))]
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "ClipReid":
+        # Kept sentences go where the model goes.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._texts = [fn(texts) for texts in self._texts]
+        return self
+
     def train(self, mode: bool = True) -> "ClipReid":
         """Switch to training; what a stage freezes stays without dropout."""
         super().train(mode)
@@ -238,14 +244,15 @@ class ClipReid(Method):
 
     def see(self, batch: Batch) -> Seen:
         """Return the features of a batch's images, with what is known of their cameras if the model reads that."""
-        images = batch.require("image")
-        return self.look(images, self._side(len(images), batch.camera) if self.config.sie.camera else None)
+        return self.look(batch.require("image"), self.side_of(batch))
 
-    def _side(self, count: int, camera: Tensor | None) -> Tensor:
-        """Return each image's side information, (B, width); an unknown camera has the mean of all."""
-        vectors = self.camera_vectors
+    def side_of(self, batch: Batch) -> Tensor | None:
+        """Return each image's side information, (B, width), if there is any; an unknown camera has the mean of all."""
+        if not self.config.sie.camera:
+            return None
+        vectors, camera = self.camera_vectors, batch.camera
         if camera is None:
-            camera = torch.full((count,), -1, device=vectors.device)
+            camera = torch.full((len(batch),), -1, device=vectors.device)
         known = nn.functional.embedding(camera.clamp(min=0), vectors)
         return self.config.sie.coefficient * torch.where(camera[:, None] >= 0, known, vectors.mean(dim=0))
 

@@ -2,8 +2,8 @@
 
 CLIP-ReID with prompts in three levels (HCP: shared, of the dataset, of the person), an adapter over the patch tokens
 (SGA), losses and identity heads of each dataset by itself, and an image encoder that is trained in part (PTSO stage 2).
-With HCP and SGA off and everything trained it is `clip-reid`; with one dataset it is a training on that dataset. Almost
-every number is ours: docs/methods.md lists what the README says and what we took.
+With HCP and SGA off, joint heads and everything trained it is `clip-reid`; with one dataset it is a training on that
+dataset. Almost every number is ours: docs/methods.md lists what the README says and what we took.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ class MtaClipConfig(ClipReidConfig):
         readout = same.get(self.sga.readout, self.sga.readout) if self.sga.enabled else None
         found = super().prompt_settings()
         found["weights"]["orth"] = self.weights.get("orth", 0.0)
-        return {**found, "hcp": whole["hcp"], "readout": readout, "heads": whole["heads"]}
+        return {**found, "hcp": whole["hcp"], "sga": {"readout": readout}, "heads": whole["heads"]}
 
 
 class MtaClip(ClipReid):
@@ -53,6 +53,8 @@ class MtaClip(ClipReid):
     Config = MtaClipConfig
     loss_weights: ClassVar = {**ClipReid.loss_weights, "orth": 0.0}
     config: MtaClipConfig
+    adapting = True
+    """False reads the tokens as they are, to measure what the adapter costs."""
 
     def __init__(self, config: MtaClipConfig, backbone: Backbone, persons: int, roster: Roster) -> None:
         _check(config, backbone, roster)
@@ -127,15 +129,15 @@ class MtaClip(ClipReid):
 
     def look(self, images: Tensor, shift: Tensor | None = None) -> Seen:
         """Return the features of images; stage 1 reads the same read-out of patches that are not adapted."""
-        config, adapts = self.config.sga, self._has_adapter and self.stage != "prompt-stage"
+        config, adapts = self.config.sga, self._has_adapter and self.adapting and self.stage != "prompt-stage"
         if not config.enabled:
             return super().look(images, shift)
         if config.readout == "pre_last":
             seen = self.backbone.encode_image(images, shift=shift, adapt=self._adapt if adapts else None)
             return Seen(seen.previous_cls[:, 0], seen.hidden_cls[:, 0], seen.cls[:, 0])
         seen = self.backbone.encode_image(images, shift=shift)
-        patches = self._adapt(seen.hidden_patches) if adapts else seen.hidden_patches
-        pooled, first = patches.mean(dim=1), seen.hidden_cls[:, 0]
+        patches = self._watched(seen.hidden_patches)
+        pooled, first = (self._adapt(patches) if adapts else patches).mean(dim=1), seen.hidden_cls[:, 0]
         joint = pooled if config.readout == "gap" else first + pooled
         hidden = torch.cat([first, pooled], dim=-1) if config.readout == "concat" else joint
         return Seen(seen.previous_cls[:, 0], hidden, self.backbone.image.project(joint))
@@ -146,19 +148,21 @@ class MtaClip(ClipReid):
 
     def activation(self, batch: Batch) -> Tensor:
         """Return how much each adapted patch speaks for its image's feature, (B, h, w); see `Method.activation`."""
-        images = batch.require("image")
-        return self._towards(self._patches(images), self.look(images).proj)
+        return self._towards(self._patches(batch), self.see(batch).proj)
 
     def patch_similarity(self, batch: Batch) -> Tensor:
         """Return the cosine of every adapted patch with the text in the joint space, shape (B, N)."""
         with torch.no_grad():
-            patches = unit(self._patches(batch.require("image")))
+            patches = unit(self._patches(batch))
             return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
 
-    def _patches(self, images: Tensor) -> Tensor:
+    def _patches(self, batch: Batch) -> Tensor:
         """The patches as the feature reads them, in the joint space, (B, N, D)."""
         early = self._has_adapter and self.config.sga.readout == "pre_last"
-        hidden = self.backbone.encode_image(images, adapt=self._adapt if early else None).hidden_patches
+        adapt = self._adapt if early else None
+        hidden = self.backbone.encode_image(
+            batch.require("image"), shift=self.side_of(batch), adapt=adapt
+        ).hidden_patches
         adapted = self._adapt(hidden) if self._has_adapter and not early else hidden
         return self.backbone.image.project(adapted)
 
@@ -202,6 +206,14 @@ class MtaClip(ClipReid):
         """Return the prompts in stage 1; adapter, heads and the last blocks of the image encoder in stage 2."""
         self._trained = self._unfrozen()
         return super().parameters_by_role(stage)
+
+    def train(self, mode: bool = True) -> "MtaClip":
+        """Switch to training; what a stage freezes stays without dropout."""
+        super().train(mode)
+        count, blocks = self.config.unfreeze_blocks, self.backbone.image.blocks
+        for block in blocks[: len(blocks) - count] if count != "all" else []:
+            block.eval()
+        return self
 
     def _unfrozen(self) -> set[int] | None:
         """The `id` of every parameter of the image encoder that stage 2 trains; None: all."""
@@ -250,7 +262,8 @@ class MtaClip(ClipReid):
             return self._adapt(tokens)
 
         before = self.config.sga.readout == "pre_last"
-        seen = self.backbone.encode_image(batch.require("image"), adapt=keep if before else None)
+        images, shift = batch.require("image"), self.side_of(batch)
+        seen = self.backbone.encode_image(images, shift=shift, adapt=keep if before else None)
         found = self.sga.gates(kept[0] if before else seen.hidden_patches, self.backbone.grid)
         return {f"sga_{name}": value for name, value in found.items()}
 
@@ -262,7 +275,15 @@ class MtaClip(ClipReid):
         tokens = torch.randn(
             len(images), self.backbone.grid[0] * self.backbone.grid[1], self.backbone.width_image, device=images.device
         )
-        return {"sga": lambda: self._adapt(tokens), "image_without_sga": lambda: ClipReid.look(self, images).proj}
+
+        def without() -> Tensor:
+            self.adapting = False
+            try:
+                return self.look(images).proj
+            finally:
+                self.adapting = True
+
+        return {"sga": lambda: self._adapt(tokens), "image_without_sga": without}
 
 
 def _check(config: MtaClipConfig, backbone: Backbone, roster: Roster) -> None:

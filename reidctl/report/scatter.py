@@ -205,7 +205,8 @@ def _labelled(axes: Axes, rows: pd.DataFrame, coloured_by: str) -> None:
         )
     if len(rest):
         keys.append(Line2D([], [], color=_FAINT, marker="o", linestyle="", markersize=5, label="others"))
-    axes.set_title(f"retrieved feature (embedding), by {_shown(coloured_by)}", size=9, color=INK, loc="left")
+    feature = rows["feature"].iloc[0] if len(rows) else "embedding"
+    axes.set_title(f"retrieved feature ({feature}), by {_shown(coloured_by)}", size=9, color=INK, loc="left")
     _key(axes, keys, 4)
 
 

@@ -293,7 +293,7 @@ def gates(material: Material, found: Found) -> None:
     for gate, each in values.items():
         found.add("gates", gate, "", "mean", bootstrap_interval(each, person, seed=material.seed), size)
         found.add("gates", gate, "", "std", float(each.std()), size)
-    if "image" not in values:
+    if "image" not in values and hasattr(material.subject.method, "fusion"):
         found.notes.append("gates: the images have no identity texts, so there are no fusion weights to look at.")
     found.drawings.append(lambda folder: write_gates(folder, names, values))
 

@@ -129,7 +129,7 @@ def _colouring(images: pd.DataFrame, person: Labels) -> tuple[str, Labels]:
 def _points(images: pd.DataFrame, person: Labels, features: Features, label: Iterable[str], seed: int) -> pd.DataFrame:
     """The maps as rows: both streams in one map, the retrieved feature in another."""
     named = {"image_id": images["image_id"], "person_id": person, "label": list(label)}
-    maps = [("embedding", ["embedding"])]
+    maps = [("embedding", [compared(features)])]
     if {"identity", "clothing"} <= set(features):
         maps.insert(0, ("streams", ["identity", "clothing"]))
     frames = []

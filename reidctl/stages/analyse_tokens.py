@@ -188,6 +188,12 @@ def cam(material: Material, found: Found) -> None:
             _add_masses(material, found, "cam", region, flat, shares, rows)
     _add_variation(found, maps["activation"], person, seed)
     found.notes += _cam_notes(material, texts, masked)
+    blank = {name: int((~each.reshape(len(each), -1).any(axis=1)).sum()) for name, each in maps.items()}
+    for name, count in blank.items():
+        if count:
+            found.notes.append(
+                f"cam: {count} of {len(rows)} images have no place that speaks for them in `{name}`: their map is grey."
+            )
     shown = _drawn(material, rows)
     found.drawings.append(lambda folder: _draw_maps(material, rows, maps, shown, folder))
 

@@ -20,7 +20,7 @@ from reidctl.methods.base import Method, MethodConfig, build_method, load_method
 from reidctl.runs import Run, digest
 from reidctl.stages.noise import degrade_captions, exchange_descriptions
 from reidctl.stages.sources import DataSettings, Source
-from reidctl.training import PromptConfig, TrainConfig
+from reidctl.training import PromptConfig, TrainConfig, epoch_batches
 
 
 class BackboneSettings(Section):
@@ -176,11 +176,13 @@ def training_set(train: Corpus, model: Method, training: TrainConfig, seed: int)
         shuffle_labels=training.shuffle_labels,
         caption_free=training.sampler == "mixed",
     )
-    cut = backbone.truncation_rate([str(text) for text in train.captions["text"]])
+    captions = "no captions are read"
+    if "full" in model.train_texts:
+        cut = backbone.truncation_rate([str(text) for text in train.captions["text"]])
+        captions = f"{100 * cut:.1f} % of captions are cut at {backbone.context_length} tokens"
     log.info(
         f"{model.name}: {len(samples)} samples of {len(samples.persons)} people, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {100 * cut:.1f} % of captions are cut "
-        f"at {backbone.context_length} tokens"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {captions}"
     )
     return samples
 
@@ -258,7 +260,22 @@ def require_losses(model: Method, stage: str) -> None:
         )
 
 
+def require_batches(samples: TrainingSet, training: TrainConfig, seed: int) -> None:
+    """Refuse samples of which the sampler cannot make batches, before anything is written.
+
+    Raises:
+        DataError: there are too few people, or none of a kind.
+    """
+    if training.epochs:
+        epoch_batches(samples, training, seed, 0)
+
+
 def _check_sampler(model: Method, sampler: str) -> None:
+    if sampler == "mixed" and "full" not in model.train_texts:
+        raise UsageError(
+            f"`{model.name}` reads no captions with these settings, so there is nothing to mix.",
+            hint="Use the sampler `identity`, `random`, `alternating` or `alternating-random`.",
+        )
     if sampler == "mixed" and not model.learns_without_text:
         able = [name for name in method_names() if method_class(name).learns_without_text]
         raise UsageError(

@@ -12,7 +12,7 @@ import torch
 
 from reidctl import tables
 from reidctl.console import log
-from reidctl.data import Corpus, training_part
+from reidctl.data import Corpus, TrainingSet, camera_names, check_datasets, training_part
 from reidctl.datasets.leaks import guard, seen_table
 from reidctl.device import resolve_device
 from reidctl.embedding import embed_gallery_tasks, embed_queries
@@ -77,23 +77,33 @@ def run(
         **building.where_used(handling),
     }
     inputs = source.digests() | building.start_digest(towers)
+    images = tables.read_table(source.images, "images")
+    check_datasets(images, handling.datasets)
     prompts = _prompts(run, checked, source)
     if prompts is not None:
         inputs["prompts"] = digest(prompt_stage.prompts_file(prompts))
     # Before asking whether anything changed: a stricter check must not be skipped.
-    notes = guard(tables.read_table(source.images, "images"), handling.leak_check)
+    notes = guard(images, handling.leak_check)
     current = None if force else run.up_to_date(STAGE, resolved, inputs)
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
     corpus = building.corpus_of(source, handling, seed)
     train = training_part(corpus.of_split("train"), handling.part)
+    chosen = corpus.of_split(training.select)
+    model = building.build_model(train, checked, training, seed)
+    building.require_losses(model, STAGE)
+    samples = building.training_set(train, model, training, seed)
+    building.require_batches(samples, training, seed)
+    if prompts is not None:
+        prompt_stage.hand_over(prompts, model, samples.persons)
+    # Whatever the settings can be wrong about has been looked at; only now does the old result go.
     run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
     if force:
         (folder / "last" / "state.pt").unlink(missing_ok=True)
     fresh = fingerprint(resolved, inputs)
-    model, outcome = _train(train, corpus, checked, training, prompts, folder, seed, fresh)
+    outcome = _train(model, samples, chosen, training, folder, seed, fresh)
     history = folder / "history.parquet"
     tables.write_table(history, "history", outcome.history)
     seen = run.table(STAGE, "seen")
@@ -158,23 +168,10 @@ def _told(prompts: Run | None) -> dict[str, Any] | None:
 
 
 def _train(
-    train: Corpus,
-    corpus: Corpus,
-    checked: Settings,
-    training: TrainConfig,
-    prompts: Run | None,
-    folder: Path,
-    seed: int,
-    digest: str,
-) -> tuple[Method, Outcome]:
-    chosen = corpus.of_split(training.select)
+    model: Method, samples: TrainingSet, chosen: Corpus, training: TrainConfig, folder: Path, seed: int, digest: str
+) -> Outcome:
     if training.select == "test":
         log.warning("The epoch is chosen on the TEST split: the result is not a test of anything unseen.")
-    model = building.build_model(train, checked, training, seed)
-    building.require_losses(model, STAGE)
-    samples = building.training_set(train, model, training, seed)
-    if prompts is not None:
-        prompt_stage.hand_over(prompts, model, samples.persons)
     store = PixelStore(
         chosen.paths(),
         model.backbone.image_size,
@@ -182,8 +179,7 @@ def _train(
         interpolation=model.backbone.interpolation,
     )
     validate = _validation(chosen, store, resolve_device(training.device))
-    trainer = Trainer(model, samples, validate, training, folder, seed=seed, stage=STAGE, fingerprint=digest)
-    return model, trainer.run()
+    return Trainer(model, samples, validate, training, folder, seed=seed, stage=STAGE, fingerprint=digest).run()
 
 
 def _seen(train: pd.DataFrame, source: Source, start: Path | None) -> pd.DataFrame:
@@ -208,7 +204,7 @@ def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Vali
 
     def validate(method: Method) -> dict[str, float]:
         gallery = embed_gallery_tasks(method, corpus, device=device, store=store)
-        image = _image_to_image(corpus, gallery["i2i"])
+        image = _image_to_image(corpus, gallery["i2i"], always=method.selects_by == "i2i")
         found = image
         by_image = method.selects_by == "i2i" and image is not None and bool(image.scored)
         if texts and not by_image:
@@ -229,21 +225,38 @@ def _validation(corpus: Corpus, store: PixelStore, device: torch.device) -> Vali
     return validate
 
 
-def _image_to_image(corpus: Corpus, vectors: npt.NDArray[np.float32]) -> QueryMetrics | None:
-    """Image-to-image metrics under other cameras, by role or, without roles, of every image; None if neither goes."""
-    people, cameras = corpus.images["person_id"].to_numpy(), corpus.images["camera_id"].to_numpy()
-    query, gallery = ((corpus.images["role"] == role).to_numpy() for role in ("query", "gallery"))
-    if corpus.images["role"].isna().all() and corpus.images["camera_id"].notna().all():
-        query = gallery = np.ones(len(people), bool)
-    if not query.any() or not gallery.any():
+def _image_to_image(corpus: Corpus, vectors: npt.NDArray[np.float32], *, always: bool = False) -> QueryMetrics | None:
+    """Image-to-image metrics of all datasets in one gallery, by role or, where a dataset has no roles, of every image.
+
+    Matches by the query's own camera do not count; cameras of two datasets are different ones. None if that leaves no
+    query or no gallery; with `always` every image is then asked for all others of its person.
+    """
+    images = corpus.images
+    people, cameras = images["person_id"].to_numpy(), camera_names(images)
+    known = images["camera_id"].notna().groupby(images["dataset"], observed=True).transform("all").to_numpy()
+    without = images["role"].isna().groupby(images["dataset"], observed=True).transform("all").to_numpy() & known
+    query, gallery = ((images["role"] == role).to_numpy() | without for role in ("query", "gallery"))
+    if query.any() and gallery.any():
+        return evaluate_ranking(
+            vectors[query],
+            vectors[gallery],
+            query_person=people[query],
+            gallery_person=people[gallery],
+            query_camera=cameras[query],
+            gallery_camera=cameras[gallery],
+            exclude="same_camera",
+            top=0,
+        ).queries
+    if not always:
         return None
+    names = images["image_id"].to_numpy()
     return evaluate_ranking(
-        vectors[query],
-        vectors[gallery],
-        query_person=people[query],
-        gallery_person=people[gallery],
-        query_camera=cameras[query],
-        gallery_camera=cameras[gallery],
-        exclude="same_camera",
+        vectors,
+        vectors,
+        query_person=people,
+        gallery_person=people,
+        query_id=names,
+        gallery_id=names,
+        exclude="same_item",
         top=0,
     ).queries

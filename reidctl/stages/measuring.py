@@ -96,6 +96,8 @@ def find_subject(
         )
     notes = (*_check_seen(run, source, corpus, split), *_other_data(run, source))
     texts = query_texts(corpus, query)
+    if len(texts) and "full" not in method.train_texts:
+        notes = (*notes, f"`{method.name}` read no captions in training: text to image is what its start could do.")
     return Subject(run, source, whole, corpus, texts, method, weights, split, query, target, notes)
 
 

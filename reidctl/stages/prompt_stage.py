@@ -82,15 +82,17 @@ def run(
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
     corpus = building.corpus_of(source, checked.handling, seed)
+    train = training_part(corpus.of_split("train"), checked.handling.part)
+    model = building.build_model(train, checked, training, seed)
+    building.require_losses(model, STAGE)
+    samples = building.training_set(train, model, training, seed)
+    building.require_batches(samples, training, seed)
+    # Whatever the settings can be wrong about has been looked at; only now does the old result go.
     run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
     if force:
         (folder / "last" / "state.pt").unlink(missing_ok=True)
     fresh = fingerprint(resolved, inputs)
-    train = training_part(corpus.of_split("train"), checked.handling.part)
-    model = building.build_model(train, checked, training, seed)
-    building.require_losses(model, STAGE)
-    samples = building.training_set(train, model, training, seed)
     before = _encoders(model)
     samples.frozen = _freeze(model, samples, training, folder / "frozen", fresh, target)
     began = datetime.now(UTC)
@@ -213,11 +215,12 @@ def require(run: Run, checked: Settings, source: Source) -> dict[str, Any]:
     learnt = record["settings"]["method"]
     towers = checked.towers.model_dump(mode="json", exclude={"start"})
     for section, own, found in (("method", asked, learnt), ("backbone", towers, record["settings"]["backbone"])):
-        differs = [name for name in own if own[name] != found.get(name)]
-        if differs:
+        differs = _first_difference(section, own, found)
+        if differs is not None:
+            key, now, before = differs
             raise DataError(
-                f"The prompt stage in {run.path} was run with other settings: `{section}.{differs[0]}` was "
-                f"{found.get(differs[0])!r}, now it is {own[differs[0]]!r}.",
+                f"The prompt stage in {run.path} was run with other settings: `{key}` was {before!r}, now it is "
+                f"{now!r}.",
                 hint="Run `reidctl prompt-stage` with these settings.",
             )
     mine = {name: value for name, value in source.digests().items() if name != "described"}
@@ -231,6 +234,14 @@ def require(run: Run, checked: Settings, source: Source) -> dict[str, Any]:
     if building.start_digest(checked.towers).get("start") != record["inputs"].get("start"):
         raise DataError(f"The prompt stage in {run.path} started from other weights.", hint="Run it again.")
     return record
+
+
+def _first_difference(key: str, own: Any, found: Any) -> tuple[str, Any, Any] | None:
+    """Return the dotted key and both values of the first setting that differs; keys that `own` lacks do not count."""
+    if isinstance(own, Mapping) and isinstance(found, Mapping):
+        each = (_first_difference(f"{key}.{name}", value, found.get(name)) for name, value in own.items())
+        return next((one for one in each if one is not None), None)
+    return None if own == found else (key, own, found)
 
 
 def hand_over(run: Run, model: Method, persons: list[str]) -> None:

@@ -41,6 +41,11 @@ class DataSettings(Section):
     """Names of the datasets, of several combined ones, that `finetune` and `prompt-stage` train on and choose the epoch
     by; empty: all. The others then count as unseen."""
 
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("leak_check", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:

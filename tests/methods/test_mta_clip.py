@@ -368,9 +368,10 @@ def test_the_cost_of_the_adapter_stands_beside_that_of_the_encoder_without_it(mi
     assert set(parts) == {"sga", "image_without_sga"}
     with torch.no_grad():
         assert parts["sga"]().shape == (32, 8, 32)
-        plain = make(sga={"enabled": False})
-        assert torch.equal(parts["image_without_sga"](), plain.look(mixed.image).proj)
-        assert plain.extra_parts(mixed) == {}
+        same_readout = make(sga={"kind": "none"})
+        assert torch.equal(parts["image_without_sga"](), same_readout.look(mixed.image).proj)
+        assert not torch.equal(parts["image_without_sga"](), method.look(mixed.image).proj)
+        assert make(sga={"enabled": False}).extra_parts(mixed) == {}
     assert (
         sum(value.numel() for value in method.sga.parameters()) == 32 * 10 + 32 * 9 + (32 * 8 + 8) + (8 * 32 + 32) + 3
     )

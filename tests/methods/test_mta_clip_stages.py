@@ -197,13 +197,13 @@ def test_the_texts_of_stage_two_are_stage_one_s_prompts_of_the_right_dataset(tra
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ({"hcp": {"n_shared": 3}}, "hcp"),
-        ({"hcp": {"enabled": False}}, "hcp"),
-        ({"sga": {**SMALL["sga"], "readout": "gap"}}, "readout"),
-        ({"sga": {"enabled": False}}, "readout"),
-        ({"weights": {"orth": 0.1}}, "weights"),
+        ({"hcp": {"n_shared": 3}}, r"hcp\.n_shared"),
+        ({"hcp": {"enabled": False}}, r"hcp\.enabled"),
+        ({"sga": {**SMALL["sga"], "readout": "gap"}}, r"sga\.readout"),
+        ({"sga": {"enabled": False}}, r"sga\.readout"),
+        ({"weights": {"orth": 0.1}}, r"weights\.orth"),
         ({"n_id_tokens": 3}, "n_id_tokens"),
-        ({"heads": "joint", "hcp": {"enabled": False}}, "(hcp|heads)"),
+        ({"heads": "joint", "hcp": {"enabled": False}}, r"(hcp\.enabled|heads)"),
     ],
 )
 def test_stage_two_refuses_prompts_of_other_settings_and_takes_what_stage_one_does_not_read(
