@@ -857,3 +857,57 @@ def test_shuffled_labels_give_everybody_images_of_anybody_of_the_dataset(folder)
         assert sorted(shuffled[part]) == sorted(true[part])
         assert (shuffled[part] != true[part]).mean() > 0.3
     assert np.array_equal(shuffled, TrainingSet(corpus, shuffle_labels=True, **given).person_of_row)
+
+
+@pytest.mark.parametrize("stage", ["prompt-stage", "finetune"])
+def test_a_wrong_setting_leaves_the_finished_stage_as_it_was(tmp_path, stage):
+    folder = write_dataset(tmp_path / "blocks", people=8, splits={6: "val", 7: "val"})
+    recipe = {"method": {"name": "clip-reid", "n_id_tokens": 2}, "backbone": {"spec": "clip:micro"}}
+    short = {"batch": 4, "instances": 2, "epochs": 1, "device": "cpu"}
+    recipe |= {"prompt": {**short, "sampler": "random"}, "train": short}
+    run = Run(tmp_path / "run")
+    prompt_stage.run(run, recipe, data=folder)
+    finetune.run(run, recipe, data=folder)
+    record = run.record(stage)
+    section = "prompt" if stage == "prompt-stage" else "train"
+    wrong = recipe | {section: {**recipe[section], "sampler": "mixed"}}
+    with pytest.raises(UsageError, match="reads no captions"):
+        (prompt_stage if stage == "prompt-stage" else finetune).run(run, wrong, data=folder)
+    assert run.record(stage) == record
+
+
+def test_without_cameras_and_roles_the_epoch_is_chosen_by_all_other_images_of_a_person(folder):
+    corpus, method = corpus_of(folder), reid()
+    corpus.images["camera_id"] = None
+    corpus.images["role"] = None
+    vectors = embed_gallery_tasks(method, corpus, device=CPU)["i2i"]
+    assert finetune._image_to_image(corpus, vectors) is None
+    found = finetune._image_to_image(corpus, vectors, always=True)
+    people, names = corpus.images["person_id"].to_numpy(), corpus.images["image_id"].to_numpy()
+    hits = []
+    for row in range(len(people)):
+        order = np.argsort(-(vectors @ vectors[row]))
+        hits.append(people[next(n for n in order if names[n] != names[row])] == people[row])
+    assert found.scored == len(people) and found.means()["rank1"] == pytest.approx(np.mean(hits))
+
+
+def test_cameras_of_two_datasets_are_different_cameras_when_the_epoch_is_chosen(folder):
+    corpus, method = corpus_of(folder), reid()
+    corpus.images["role"] = None
+    corpus.images["camera_id"] = "c1"
+    vectors = embed_gallery_tasks(method, corpus, device=CPU)["i2i"]
+    assert not finetune._image_to_image(corpus, vectors).scored
+    corpus.images["dataset"] = ["a" if row % 2 else "b" for row in range(len(corpus.images))]
+    assert finetune._image_to_image(corpus, vectors).scored
+
+
+@pytest.mark.parametrize("spec", ["clip:micro", "vit-bert:micro"])
+@pytest.mark.parametrize("stride", [17, 500])
+def test_a_stride_that_leaves_pixels_unread_is_refused(spec, stride):
+    with pytest.raises(UsageError, match=f"stride of {stride} pixels does not fit"):
+        build(spec, stride=stride)
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(UsageError, match=r"method\.weights\.id.*grow"):
+        reid(weights={"id": -1.0})

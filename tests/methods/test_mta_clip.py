@@ -629,3 +629,37 @@ def test_identity_batches_of_two_datasets_are_mixed(samples, tmp_path):
     settings = TrainConfig(sampler="identity", batch=8, instances=2, device="cpu", workers=0)
     trainer = Trainer(make(), samples, None, settings, tmp_path, seed=0, stage="finetune", fingerprint="x")
     assert any(len(set(batch.domain.tolist())) == 2 for batch in trainer._load(0, trainer._batches(0)))
+
+
+@pytest.mark.covers(218)
+@pytest.mark.parametrize("readout", ["gap", "cls_plus_gap"])
+def test_grad_cam_sees_the_patches_that_the_feature_averages(mixed, readout):
+    """Through the class token alone (as for `clip-reid`) Grad-CAM would miss what the mean of the patches carries."""
+    method = make(sga={**SMALL["sga"], "readout": readout})
+    batch, partner = Batch(image=mixed.image[:4]), mixed.image[4:8]
+    found = method.token_maps(batch, partner)["i2i"].flatten(1)
+    with torch.no_grad():
+        other = method.embed_tasks(Batch(image=partner))["i2i"]
+    seen = method.backbone.encode_image(batch.image)
+    patches = seen.hidden_patches.detach().requires_grad_()
+    pooled = method.sga(patches, method.backbone.grid).mean(dim=1)
+    joint = pooled if readout == "gap" else pooled + seen.hidden_cls[:, 0].detach()
+    vector = functional.normalize(torch.cat([joint, method.backbone.image.project(joint)], dim=-1), dim=-1)
+    grad = torch.autograd.grad((vector * other).sum(), patches)[0]
+    pooled_part = (grad * patches).sum(dim=-1)
+    if readout == "gap":
+        expected = pooled_part.relu()
+        expected = expected / expected.amax(dim=1, keepdim=True).clamp_min(1e-12)
+        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
+    else:
+        assert pooled_part.abs().max() > 0
+        plain = make(sga={"enabled": False})
+        plain.load_state_dict(method.state_dict(), strict=False)
+        assert not torch.allclose(found, plain.token_maps(batch, partner)["i2i"].flatten(1), atol=1e-3)
+    assert method._cut is None
+
+
+def test_frozen_blocks_are_in_evaluation_mode_and_trained_ones_are_not():
+    method = make(unfreeze_blocks=1).train()
+    assert [block.training for block in method.backbone.image.blocks] == [False, True]
+    assert not method.backbone.text.training

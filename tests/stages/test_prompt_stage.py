@@ -293,7 +293,7 @@ def test_finetune_refuses_to_start_without_the_stage_and_says_the_three_ways_on(
         ({"method": {"template": "A photo of a {id} and {inst} person"}}, "template"),
         ({"method": {"tau_prompt": 1.0}}, "tau_prompt"),
         ({"method": {"weights": {"ic": 2.0}}}, r"weights\.ic"),
-        ({"method": {"trt": {"init": "random", "isolation": "full"}}}, r"trt\.init"),
+        ({"method": {"trt": {"init": "random", "isolation": "full"}}}, r"trt\.(init|isolation)"),
         ({"method": {"inversion": {"layers": 2, "heads": 2}}}, r"inversion\.layers"),
         ({"method": {"train_tasks": ("i2i",)}, "train": {"sampler": "identity"}}, "texts"),
         ({"backbone": {"text_length": 24}}, "text_length"),
