@@ -34,7 +34,7 @@ MAPS_NOTE = (
     "read the silhouettes (computed in each feature's own space), the probes and the dependence instead."
 )
 SIDES_NOTE = (
-    "Lengths, sizes and gaps of two t-SNE maps are not to be compared, nor with each other; the silhouettes are "
+    "Lengths, sizes and gaps of two t-SNE maps cannot be compared; the silhouettes can "
     "(computed in the features' own spaces, 95 % intervals over people)."
 )
 
