@@ -149,7 +149,7 @@ def test_both_panels_hold_the_same_images_and_name_models_and_numbers(pair):
         "seed 4",
     ):
         assert text in svg
-    assert "two t-SNE maps are cannot be compared" in svg
+    assert "two t-SNE maps cannot be compared" in svg
     with Image.open(folder / "tsne_against.png") as picture:
         assert picture.width > 1000
     alone = analyse.run(ours, what=["tsne"], seed=4, device="cpu")
