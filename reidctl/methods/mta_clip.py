@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from reidctl import prompt_losses
@@ -33,6 +34,13 @@ class MtaClipConfig(ClipReidConfig):
     whole encoder, as CLIP-ReID does. "Partially unfreeze" is all that is said."""
     heads: Literal["per_domain", "joint"] = "per_domain"
     """One pair of identity heads and one list of prompts to classify among for each dataset, or for all together."""
+
+    @field_validator("unfreeze_blocks", mode="before")
+    @classmethod
+    def _is_a_number_or_all(cls, value: object) -> object:
+        if isinstance(value, str) and value != "all" and not value.isdigit():
+            raise ValueError("a number of blocks is needed, or `all`")
+        return value
 
     def prompt_settings(self) -> dict[str, Any]:
         """Everything that stage 1 reads of the settings."""

@@ -206,7 +206,10 @@ def _against(run: Run, other: Run | None, asked: Sequence[str]) -> dict[str, Any
             f"`--against` compares {' and '.join(space.COMPARED)}, and `--what` names neither.",
             hint="Add one: --what tsne,compactness.",
         )
-    facts = {"model": model_digest(other), "training": training_digest(other)}
+    try:
+        facts = {"model": model_digest(other), "training": training_digest(other)}
+    except DataError as error:
+        raise DataError(f"--against {other.path}: {error.message}", hint=error.hint) from None
     return {"against": {"run": str(other.path.resolve()), **facts}}
 
 
