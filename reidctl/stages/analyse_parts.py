@@ -308,7 +308,9 @@ def efficiency(material: Material, found: Found) -> None:
         if cost.peak_bytes is not None:
             found.add("efficiency", part, "", "peak_bytes", float(cost.peak_bytes), size)
     one = next(iter(costs.values()))
-    for part in [name for name in costs if name not in ("image", "text", "fusion", "step")]:
+    whole = ("image", "text", "fusion", "step")
+    # `image_without_...` is no part but the encoder again: its row stands beside that of `image`.
+    for part in [name for name in costs if name not in whole and not name.startswith("image_")]:
         cost, image = costs[part], costs["image"]
         found.notes.append(
             f"efficiency: {part}: {cost.parameters:,} parameters ({_share(cost.parameters, image.parameters)} of those "
