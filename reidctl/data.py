@@ -106,6 +106,16 @@ def camera_numbers(images: pd.DataFrame, cameras: Sequence[str]) -> npt.NDArray[
     return np.asarray([place.get(name, -1) for name in camera_names(images)], np.int64)
 
 
+def cameras_of(images: pd.DataFrame) -> tuple[str, ...]:
+    """Return the names of all known cameras of some images, sorted: the order in which a training set numbers them."""
+    return tuple(sorted({name for name in camera_names(images) if name is not None}))
+
+
+def known_cameras(images: pd.DataFrame, cameras: Sequence[str]) -> torch.Tensor | None:
+    """Return `Batch.camera` of images for a method that knows some cameras; None for one that knows none."""
+    return torch.from_numpy(camera_numbers(images, cameras)) if cameras else None
+
+
 def roster_of(images: pd.DataFrame) -> Roster:
     """Return the roster of a training split; people, datasets and cameras are numbered in the order of their names."""
     persons = sorted(set(images["person_id"]))
@@ -113,7 +123,7 @@ def roster_of(images: pd.DataFrame) -> Roster:
     datasets = images["dataset"].astype(str)
     domains = tuple(sorted(set(datasets)))
     people = tuple(tuple(sorted({number[name] for name in images["person_id"][datasets == one]})) for one in domains)
-    return Roster(domains, people, tuple(sorted({name for name in camera_names(images) if name is not None})))
+    return Roster(domains, people, cameras_of(images))
 
 
 def datasets_part(corpus: Corpus, names: Sequence[str]) -> Corpus:
@@ -309,8 +319,7 @@ class TrainingSet:
         index = {name: number for number, name in enumerate(self.persons)}
         self.person_of_row = np.asarray([index[name] for name in corpus.images["person_id"]], np.int64)
         self.domains, self.domain_of_row = np.unique(corpus.images["dataset"].astype(str), return_inverse=True)
-        cameras = sorted({name for name in camera_names(corpus.images) if name is not None})
-        self.camera_of_row = camera_numbers(corpus.images, cameras)
+        self.camera_of_row = camera_numbers(corpus.images, cameras_of(corpus.images))
         # A combination may hold one picture twice, captioned in one dataset and not in the other.
         names = [digest or name for digest, name in zip(corpus.images["sha256"], self._names, strict=True)]
         self.picture_of_row = np.asarray(pd.factorize(np.asarray(names, object))[0], np.int64)

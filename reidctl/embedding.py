@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from reidctl.batch import Batch, Tokens
-from reidctl.data import Corpus, camera_numbers
+from reidctl.data import Corpus, known_cameras
 from reidctl.errors import DataError
 from reidctl.loading import loader_threads
 from reidctl.methods.base import Method, Task
@@ -64,7 +64,7 @@ def embed_gallery_tasks(
         corpus.paths(), backbone.image_size, cache_bytes=0, interpolation=backbone.interpolation
     )
     names = list(corpus.images["image_id"])
-    cameras = torch.from_numpy(camera_numbers(corpus.images, method.cameras)) if method.cameras else None
+    cameras = known_cameras(corpus.images, method.cameras)
     pieces: dict[Task, list[Vector]] = {task: [] for task in method.tasks}
     with torch.inference_mode():
         for rows, image in image_batches(

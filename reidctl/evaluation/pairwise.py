@@ -111,7 +111,6 @@ def score_pairs(
     candidates: Ints,
     *,
     device: torch.device,
-    camera: Ints | None = None,
     advance: Advance | None = None,
 ) -> Scores:
     """Return the log-odds of the candidates of every query, NaN where there is none, shape (Q, k).
@@ -126,7 +125,6 @@ def score_pairs(
         texts: the queries, length Q.
         candidates: rows of `paths`, -1 for none, shape (Q, k).
         device: where to compute.
-        camera: the numbers of the images' cameras (G,), for methods that tell them apart; see `data.camera_numbers`.
         advance: called with a number of different pairs whenever so many more are done; see `count_pairs`.
 
     Raises:
@@ -147,8 +145,7 @@ def score_pairs(
         for block, pixels in image_batches(
             store, backbone.mean, backbone.std, batch=_IMAGES, threads=loader_threads(device.type)
         ):
-            taken_by = None if camera is None else torch.from_numpy(camera[rows[block]])
-            seen = method.encode_pair_images(Batch(image=pixels, camera=taken_by).to(device))
+            seen = method.encode_pair_images(Batch(image=pixels.to(device)))
             start, stop = np.searchsorted(place, [block.start, block.stop])
             step = _VECTOR_PAIRS if seen.tokens is None else _PAIRS
             for begin in range(start, stop, step):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from reidctl import tables
 from reidctl.batch import Batch, Tokens
-from reidctl.data import Corpus, camera_numbers
+from reidctl.data import Corpus, known_cameras
 from reidctl.errors import DataError
 from reidctl.methods.base import Explainer, Method
 from reidctl.pixels import PixelStore, normalise
@@ -154,9 +154,7 @@ def pair_batch(
         tokens[kind] = backbone.tokenize([str(described[row]) for row in rows])
     pixels = np.stack([store[row] for row in rows])
     names = tuple(str(corpus.images["image_id"].iloc[row]) for row in rows)
-    camera = (
-        torch.from_numpy(camera_numbers(corpus.images.iloc[list(rows)], method.cameras)) if method.cameras else None
-    )
+    camera = known_cameras(corpus.images.iloc[list(rows)], method.cameras)
     return Batch(image=normalise(pixels, backbone.mean, backbone.std), texts=tokens, image_id=names, camera=camera)
 
 

@@ -107,6 +107,8 @@ class ClipReid(Method):
     learns_without_text: ClassVar = True
     reads_roster: ClassVar = True
     loss_weights: ClassVar[Mapping[str, float]] = {"con": 1.0, "id": 0.25, "triplet": 1.0, "i2t": 1.0}
+    first_stage: ClassVar[tuple[str, ...]] = ("con",)
+    """The losses of stage 1; the others are stage 2's."""
     config: ClipReidConfig
     local: Tensor
     """Number of each person within each group, (groups, N), -1 where it is not in the group."""
@@ -177,11 +179,10 @@ class ClipReid(Method):
 
     def current_weights(self, stage: str = "finetune") -> dict[str, float]:
         """The weight of each loss of a stage."""
-        first = ("con", "orth")
         return {
             name: self.weight(name)
             for name in self.loss_weights
-            if self.active(name) and (name in first) == (stage == "prompt-stage")
+            if self.active(name) and (name in self.first_stage) == (stage == "prompt-stage")
         }
 
     # Prompts

@@ -60,6 +60,7 @@ class MtaClip(ClipReid):
     summary = "CLIP-ReID over several datasets: shared and per-dataset prompts, SGA (README only, no public code)"
     Config = MtaClipConfig
     loss_weights: ClassVar = {**ClipReid.loss_weights, "orth": 0.0}
+    first_stage: ClassVar = ("con", "orth")
     config: MtaClipConfig
     adapting = True
     """False reads the tokens as they are, to measure what the adapter costs."""

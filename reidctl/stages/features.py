@@ -11,7 +11,7 @@ import torch
 
 from reidctl.batch import Batch
 from reidctl.console import progress
-from reidctl.data import Corpus, camera_numbers
+from reidctl.data import Corpus, known_cameras
 from reidctl.errors import DataError
 from reidctl.loading import loader_threads
 from reidctl.methods.base import Method
@@ -33,7 +33,7 @@ def collect_features(method: Method, corpus: Corpus, *, device: torch.device, ba
     texts = {kind: _texts(corpus, kind) for kind in method.gallery_texts}
     store = PixelStore(corpus.paths(), backbone.image_size, cache_bytes=0, interpolation=backbone.interpolation)
     threads = loader_threads(device.type)
-    cameras = torch.from_numpy(camera_numbers(corpus.images, method.cameras)) if method.cameras else None
+    cameras = known_cameras(corpus.images, method.cameras)
     pieces: list[Features] = []
     with torch.inference_mode(), progress("features", len(names)) as advance:
         for rows, image in image_batches(store, backbone.mean, backbone.std, batch=batch, threads=threads):

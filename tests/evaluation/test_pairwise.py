@@ -170,24 +170,6 @@ def test_the_gallery_of_a_pairwise_model_is_that_of_image_only_whatever_was_aske
     assert np.array_equal(before, embed_gallery(plain, corpus, device=CPU))
 
 
-def test_cameras_reach_the_images_they_belong_to(corpus, monkeypatch):
-    method, seen = pairwise_model(), {}
-    original = type(method).encode_pair_images
-
-    def look(self, batch):
-        seen["camera"] = None if batch.camera is None else batch.camera.tolist()
-        return original(self, batch)
-
-    monkeypatch.setattr(type(method), "encode_pair_images", look)
-    candidates = np.array([[5, 2]])
-    score_pairs(method, corpus.paths(), ["a red shirt"], candidates, device=CPU)
-    assert seen["camera"] is None
-    score_pairs(
-        method, corpus.paths(), ["a red shirt"], candidates, device=CPU, camera=10 * np.arange(len(corpus.images))
-    )
-    assert seen["camera"] == [20, 50], "only candidates are looked at, in the order of the gallery"
-
-
 def noise_gallery(corpus, folder, *, equal):
     rng = np.random.default_rng(0)
     paths = []
