@@ -48,6 +48,15 @@ def conditions(found: Sequence[str]) -> list[str]:
     return [name for name in ("standard", *other, *_REFERENCES) if name in set(found)]
 
 
+def bare(axes: Axes) -> None:
+    """No ticks, because the numbers of a map mean nothing, and a thin frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("none")
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+
+
 def save_figure(figure: Figure, stem: Path, data: pd.DataFrame) -> list[Path]:
     """Write `<stem>.png`, `<stem>.svg` and `<stem>.csv`; return the three paths.
 

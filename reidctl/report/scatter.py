@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from reidctl.report.figures import GRID, INK, SERIES, dress, named_rows, save_figure
+from reidctl.report.figures import GRID, INK, SERIES, bare, dress, named_rows, save_figure
 
 _FAINT = "#9a9a9a"
 _MOST = 14  # labels with a colour of their own; the others share one
@@ -77,7 +77,7 @@ def tsne_map(
     figure = Figure(figsize=(3.8 * len(panels) + 0.4, 4.9), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = points[points["panel"] == name]
-        _bare(axes)
+        bare(axes)
         axes.set_xlabel("t-SNE 1", size=8, color=INK)
         axes.set_ylabel("t-SNE 2", size=8, color=INK)
         if name == "streams":
@@ -124,7 +124,7 @@ def tsne_sides(
     style = {name: (colours[n % len(colours)], "os"[n // len(colours)]) for n, name in enumerate(shown)}
     for axes, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
         rows = points[points["panel"] == side.panel]
-        _bare(axes)
+        bare(axes)
         axes.set_aspect("equal", adjustable="datalim")
         rest = rows[~rows["person_id"].isin(shown)]
         axes.scatter(rest["x"], rest["y"], s=9, color=_FAINT, alpha=0.5, linewidths=0)
@@ -142,15 +142,6 @@ def tsne_sides(
     figure.legend(handles=keys, loc="outside upper left", ncols=5, frameon=False, fontsize=7.5, labelcolor=INK)
     figure.supxlabel("\n".join(textwrap.wrap(note, 62 * len(sides))), size=7.5, color=INK, x=0.02, ha="left")
     return save_figure(figure, stem, points)
-
-
-def _bare(axes: Axes) -> None:
-    """No ticks, because the numbers of a map mean nothing, and a thin frame."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_facecolor("none")
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
 
 
 def _streams(axes: Axes, rows: pd.DataFrame, highlight: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reidctl.report.figures import GRID, INK, SERIES, save_figure
+from reidctl.report.figures import INK, SERIES, bare, save_figure
 
 _WIDE, _STEP, _GAP, _TITLE = 0.85, 0.9, 0.25, 0.55  # inches: a picture, from one to the next, after an item, above it
 _WIDEST = 12.0  # inches that items beside each other may take
@@ -103,11 +103,7 @@ def pair_map(points: pd.DataFrame, stem: Path, *, note: str) -> list[Path]:
         axes.scatter(where[:, 0], where[:, 1], s=11, linewidths=0, alpha=0.85, zorder=2, **style)
         keys.append(Line2D([], [], linestyle="", markersize=5, label=name, **style))
     keys.append(Line2D([], [], color=_FAINT, linewidth=0.8, label="a pair"))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_facecolor("none")
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
+    bare(axes)
     axes.set_xlabel("t-SNE 1", size=8, color=INK)
     axes.set_ylabel("t-SNE 2", size=8, color=INK)
     axes.legend(
