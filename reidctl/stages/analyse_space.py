@@ -107,13 +107,23 @@ def tsne(material: Material, found: Found) -> None:
         lambda folder: tsne_map(points, folder / "tsne", highlight=highlight, coloured_by=coloured_by, note=note)
     )
     if material.against is not None:
-        _tsne_against(material, material.against, found, rows, material.highlight or most[:HIGHLIGHTED])
+        _tsne_against(
+            material, material.against, found, rows, material.highlight or of_each_dataset(images, HIGHLIGHTED)
+        )
 
 
 def most_pictured(person: Labels) -> tuple[str, ...]:
     """Return all people, those with most images first."""
     counts = pd.Series(person).value_counts()
     return tuple(sorted(counts.index, key=lambda name: (-counts[name], name)))
+
+
+def of_each_dataset(images: pd.DataFrame, count: int) -> tuple[str, ...]:
+    """Return up to `count` people of a table `images`, those with most images first, the datasets in turns."""
+    person = images["person_id"].astype(str).to_numpy(dtype=object)
+    groups = [most_pictured(person[rows]) for _, rows in _datasets(images)]
+    turns = [group[place] for place in range(max(map(len, groups))) for group in groups if place < len(group)]
+    return tuple(dict.fromkeys(turns))[:count]
 
 
 def _colouring(images: pd.DataFrame, person: Labels) -> tuple[str, Labels]:
@@ -209,10 +219,14 @@ def compactness(material: Material, found: Found) -> None:
 
 def _parts(images: pd.DataFrame) -> list[tuple[str, Rows]]:
     """All images and, where there are several, those of each dataset."""
+    parts, each = [("", np.arange(len(images)))], _datasets(images)
+    return parts + (each if len(each) > 1 else [])
+
+
+def _datasets(images: pd.DataFrame) -> list[tuple[str, Rows]]:
+    """The rows of each dataset, by its name."""
     datasets = images["dataset"].astype(str).to_numpy()
-    names = sorted(set(datasets))
-    parts = [("", np.arange(len(images)))]
-    return parts + ([(name, np.flatnonzero(datasets == name)) for name in names] if len(names) > 1 else [])
+    return [(name, np.flatnonzero(datasets == name)) for name in sorted(set(datasets))]
 
 
 def _spread(material: Material, rows: Rows, values: npt.NDArray[np.float32]) -> Spread | None:

@@ -11,7 +11,7 @@ from stages.test_analyse import trained, write_people
 from reidctl import tables
 from reidctl.errors import DataError, UsageError
 from reidctl.runs import Run
-from reidctl.stages import analyse, kept_features
+from reidctl.stages import analyse, analyse_space, kept_features
 
 PEOPLE, EACH = 24, 4
 
@@ -195,3 +195,10 @@ def test_the_stage_is_up_to_date_until_the_other_model_changes(pair):
     record["outputs"]["finetune/model.safetensors"]["sha256"] = "00"
     path.write_text(json.dumps(record))
     assert analyse.run(ours, **asked)["status"] == "done"
+
+
+def test_people_of_every_dataset_stand_out_in_turns():
+    people = ["p"] * 3 + ["q"] * 2 + ["x"] * 4 + ["y"]
+    images = pd.DataFrame({"person_id": people, "dataset": ["a"] * 5 + ["b"] * 5})
+    assert analyse_space.of_each_dataset(images, 3) == ("p", "x", "q")
+    assert analyse_space.of_each_dataset(images, 9) == ("p", "x", "q", "y")
