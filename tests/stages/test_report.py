@@ -191,3 +191,26 @@ def test_an_unreadable_picture_is_shown_as_such(tmp_path, made):
 def test_an_empty_run_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="no finished stage"):
         report.run(Run(tmp_path))
+
+
+@pytest.mark.covers(220)
+def test_the_ranked_lists_are_those_of_each_dataset_though_a_joint_gallery_was_measured_too(made, tmp_path):
+    run = Run(tmp_path / "joint")
+    shutil.copytree(made[0].path, run.path)
+    for name in ("rankings", "queries"):
+        rows = tables.read_table(run.table("evaluate", name), name)
+        rows["dataset"] = rows["dataset"].astype(str)
+        again = rows.assign(dataset="joint")
+        if name == "rankings":
+            again["match"] = ~again["match"]
+        tables.write_table(run.table("evaluate", name), name, pd.concat([rows, again], ignore_index=True))
+    stage = run.stage_dir("evaluate") / "stage.json"
+    stage.write_text(stage.read_text().replace('"seed": 3', '"seed": 3, "joint": true'))
+    assert '"joint": true' in stage.read_text()
+    report.run(run, force=True)
+    text = (run.stage_dir("report") / "report.html").read_text(encoding="utf-8")
+
+    def articles(page):
+        return re.findall(r'<article class="query".*?</article>', page, flags=re.DOTALL)
+
+    assert articles(text) == articles(made[2]) and articles(text)
