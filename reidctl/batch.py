@@ -36,6 +36,40 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class PhraseSets:
+    """The part phrases of T texts; each different phrase is held once.
+
+    Attributes:
+        tokens: the P different phrases, each a text of its own.
+        index: which phrases a text has, -1 for none, shape (T, K), int64.
+        part: the part of the body that each of them is about, a number in `phrases.base.PARTS`, -1 for none, (T, K).
+        span: first and last + 1 of the phrase's tokens in the text `full`, (T, K, 2), int64; equal: not known.
+    """
+
+    tokens: Tokens
+    index: Tensor
+    part: Tensor
+    span: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """True where there is a phrase, shape (T, K)."""
+        return self.index >= 0
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def pin(self) -> "PhraseSets":
+        """Return the same phrases in page-locked memory."""
+        return PhraseSets(self.tokens.pin(), self.index.pin_memory(), self.part.pin_memory(), self.span.pin_memory())
+
+    def to(self, device: torch.device | str) -> "PhraseSets":
+        """Return the same phrases on another device."""
+        moved = [value.to(device, non_blocking=True) for value in (self.index, self.part, self.span)]
+        return PhraseSets(self.tokens.to(device), *moved)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Images and texts of B samples, T of which have a text; what no sample has is None for the whole batch.
 
@@ -56,6 +90,7 @@ class Batch:
         domain: which dataset a sample is from, shape (B,), int64; numbers follow the sorted names of the datasets.
         camera: which of the cameras that the method knows (`Roster.cameras`) took each image, shape (B,), int64; -1 for
             another or an unknown one; None where no method asks.
+        phrases: the part phrases of the texts `full`, in the order of their rows; None where no method asks.
     """
 
     image: Tensor | None = None
@@ -69,6 +104,7 @@ class Batch:
     domain: Tensor | None = None
     camera: Tensor | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    phrases: PhraseSets | None = None
 
     def __len__(self) -> int:
         if self.image is not None:
@@ -80,18 +116,22 @@ class Batch:
     def pin(self) -> "Batch":
         """Return the same batch in page-locked memory, from which a GPU copies while it computes."""
         texts = {name: tokens.pin() for name, tokens in self.texts.items()}
-        return self._mapped(lambda value: value.pin_memory(), texts)
+        phrases = self.phrases.pin() if self.phrases is not None else None
+        return self._mapped(lambda value: value.pin_memory(), texts, phrases)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on another device."""
         texts = {name: tokens.to(device) for name, tokens in self.texts.items()}
-        return self._mapped(lambda value: value.to(device, non_blocking=True), texts)
+        phrases = self.phrases.to(device) if self.phrases is not None else None
+        return self._mapped(lambda value: value.to(device, non_blocking=True), texts, phrases)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor], texts: dict[str, Tokens]) -> "Batch":
+    def _mapped(
+        self, change: Callable[[Tensor], Tensor], texts: dict[str, Tokens], phrases: PhraseSets | None
+    ) -> "Batch":
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
         changed: dict[str, Any] = {n: change(value) for n, value in tensors.items() if isinstance(value, Tensor)}
         frozen = {name: change(value) for name, value in self.frozen.items()}
-        return replace(self, texts=texts, frozen=frozen, **changed)
+        return replace(self, texts=texts, frozen=frozen, phrases=phrases, **changed)
 
     def require(self, name: str) -> Tensor:
         """Return tensor `name`, which the caller cannot do without.

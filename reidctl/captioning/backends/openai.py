@@ -154,7 +154,7 @@ class OpenAIDescriber:
         if self._announced:
             return
         self._announced = True
-        log.info("caption: images go to %s, model %s", self._server.host, self.model)
+        log.info("caption: requests go to %s, model %s", self._server.host, self.model)
         if self.model != self._asked_for:
             log.info("caption: %s means %s here: a model that sees images", self._asked_for, self.model)
 

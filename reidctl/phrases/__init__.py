@@ -1,0 +1,1 @@
+"""Part phrases of captions: which words name which part of a person."""
