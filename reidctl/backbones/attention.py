@@ -1,5 +1,6 @@
 """Multi-head attention that can show its probabilities, and the masks that isolate class tokens."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -7,6 +8,61 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Isolation = Literal["none", "cls", "full"]
+Alike = Literal["key", "value"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """How patches may look at each other other than by query and key everywhere.
+
+    Attributes:
+        bias: added to the logits between patches, shape (N, N); None: nothing.
+        blocks: in how many of the last blocks.
+        alike: in the last block patches attend by key and key, or value and value, instead of query and key; class
+            tokens do not.
+    """
+
+    bias: Tensor | None = None
+    blocks: int = 1
+    alike: Alike | None = None
+
+
+def distance_bias(grid: tuple[int, int], sigma: float) -> Tensor:
+    """Return -d^2 / (2 sigma^2) for all pairs of patches, shape (N, N), d in sides of the longer grid axis.
+
+    Args:
+        grid: (h, w).
+        sigma: > 0, as a share of the picture's height (its longer side).
+    """
+    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    place = torch.stack([y.flatten(), x.flatten()], dim=1).float() / max(grid)
+    return -torch.cdist(place, place).square() / (2 * sigma**2)
+
+
+def biased(mask: Tensor | None, bias: Tensor, classes: int) -> Tensor:
+    """Return a mask of logits: `bias` (N, N) between patches, 0 at class tokens, -inf where `mask` forbids."""
+    whole = F.pad(bias, (classes, 0, classes, 0))
+    return whole if mask is None else whole.masked_fill(~mask, float("-inf"))
+
+
+def attend_alike(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alike: Alike,
+    classes: int,
+    *,
+    mask: Tensor | None,
+    attention: bool,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attend`, but the rows behind the first `classes` compare keys with keys, or values with values."""
+    other = key if alike == "key" else value
+    upper, lower = (None, None) if mask is None else (mask[..., :classes, :], mask[..., classes:, :])
+    first, seen = attend(query[:, :, :classes], key, value, mask=upper, attention=attention, dropout=dropout)
+    rest, looks = attend(other[:, :, classes:], other, value, mask=lower, attention=attention, dropout=dropout)
+    shown = None if seen is None or looks is None else torch.cat([seen, looks], dim=2)
+    return torch.cat([first, rest], dim=1), shown
 
 
 def attend(
@@ -23,7 +79,8 @@ def attend(
 
     Args:
         query, key, value: shape (B, heads, T, head width).
-        mask: bool, broadcastable to (B, heads, T, T), True where attention is allowed; not together with `causal`.
+        mask: broadcastable to (B, heads, T, T): bool, True where attention is allowed, or numbers that are added to the
+            logits; not together with `causal`.
         causal: token i sees tokens 0..i only.
         dropout: probability of dropping an attention weight.
         attention: also return the probabilities. They are the very tensor that the output was computed from, so
@@ -32,6 +89,8 @@ def attend(
     Returns:
         Output (B, T, heads * head width) and probabilities (B, heads, T, T) or None.
     """
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
     if not attention:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return out.transpose(1, 2).flatten(2), None
@@ -39,7 +98,7 @@ def attend(
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     probabilities = scores.softmax(dim=-1)
     kept = F.dropout(probabilities, dropout) if dropout else probabilities
     return (kept @ value).transpose(1, 2).flatten(2), probabilities

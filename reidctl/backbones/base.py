@@ -5,7 +5,8 @@ projection; `cls`, `patches`, `pooled` and `tokens` are in the joint space of wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reidctl.backbones.attention import Isolation
+from reidctl.backbones.attention import Alike, Isolation, Local, biased
 from reidctl.backbones.tokenizers import Tokenizer
 from reidctl.batch import Tokens
 from reidctl.config import Section
 from reidctl.errors import UsageError
 
 Triple = tuple[float, float, float]
+Shown = bool | Literal["last"]
+"""Which attention probabilities are returned: none, those of all blocks, or those of the last one."""
 Adapt = Callable[[Tensor], Tensor]
 """Patch tokens (B, N, width_image) to changed ones of the same shape."""
 
@@ -70,7 +73,8 @@ class ImageFeatures:
         hidden_patches: patch tokens after the last norm, shape (B, N, width_image).
         previous_cls: class tokens entering the last block, shape (B, K, width_image): CLIP-ReID's third triplet
             feature.
-        attention: per block (B, heads, K + N, K + N), rows sum to 1, differentiable; None unless asked for.
+        attention: per block (B, heads, K + N, K + N), rows sum to 1, differentiable; None unless asked for, and of the
+            last block alone if only that was.
     """
 
     cls: Tensor
@@ -104,6 +108,10 @@ class Tower(nn.Module, ABC):
 
     width: int
     checkpointing = False
+    recorded: list[Tensor] | None = None
+    """Where each pass leaves its attention probabilities, block by block; see `recording`."""
+    record_from = 0
+    """The first block that `recorded` holds."""
 
     @property
     @abstractmethod
@@ -116,31 +124,100 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def run_block(
-        self, block: nn.Module, tokens: Tensor, mask: Tensor | None, attention: bool
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        mask: Tensor | None,
+        attention: bool,
+        alike: Alike | None = None,
+        classes: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the block's output tokens (B, T, width) and its attention probabilities if asked for."""
+        """Return the block's output tokens (B, T, width) and its attention probabilities if asked for.
+
+        With `alike` the tokens behind the first `classes` compare keys with keys, or values with values.
+        """
 
     def run_blocks(
-        self, tokens: Tensor, mask: Tensor | None, attention: bool, before_last: Adapt | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        attention: Shown,
+        before_last: Adapt | None = None,
+        local: Local | None = None,
+        classes: int = 0,
     ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-        """Return the tokens after the last block, the tokens that entered it, and all attention maps if asked for.
+        """Return the tokens after the last block, the tokens that entered it, and the attention maps asked for.
 
-        `before_last` changes all tokens in front of the last block.
+        `before_last` changes all tokens in front of the last block; `local` is about the tokens behind `classes`.
         """
         maps: list[Tensor] = []
+        recorded = self.recorded
+        if recorded is not None:
+            recorded.clear()
         previous = tokens
-        blocks = self.blocks
-        for number, block in enumerate(blocks):
-            if before_last is not None and number == len(blocks) - 1:
+        count = len(self.blocks)
+        for number, block in enumerate(self.blocks):
+            if before_last is not None and number == count - 1:
                 tokens = before_last(tokens)
             previous = tokens
-            if self.checkpointing and self.training and not attention:
-                tokens, _ = checkpoint(self.run_block, block, tokens, mask, False, use_reentrant=False)
+            near, alike = _local(local, mask, count - number, classes)
+            kept = attention is True or (attention == "last" and number == count - 1)
+            record = recorded is not None and number >= self.record_from
+            if self.checkpointing and self.training and not (kept or record):
+                tokens, _ = checkpoint(self.run_block, block, tokens, near, False, alike, classes, use_reentrant=False)
                 continue
-            tokens, probabilities = self.run_block(block, tokens, mask, attention)
-            if probabilities is not None:
+            tokens, probabilities = self.run_block(block, tokens, near, kept or record, alike, classes)
+            if probabilities is not None and kept:
                 maps.append(probabilities)
+            if probabilities is not None and recorded is not None and record:
+                recorded.append(probabilities)
         return tokens, previous, maps if attention else None
+
+
+def _local(local: Local | None, mask: Tensor | None, left: int, classes: int) -> tuple[Tensor | None, Alike | None]:
+    """The mask and the kind of comparison in the block with `left` - 1 blocks behind it."""
+    if local is None:
+        return mask, None
+    near = mask if local.bias is None or left > local.blocks else biased(mask, local.bias, classes)
+    return near, local.alike if left == 1 else None
+
+
+@contextmanager
+def recording(tower: Tower, start: int = 0) -> Iterator[list[Tensor]]:
+    """Let every pass through a tower leave its attention probabilities in a list, whoever calls it.
+
+    The list holds those of the last pass, (B, heads, T, T) of each block from `start` on (negative: from the end), and
+    they are what the output was computed from, so it can be differentiated by them.
+    """
+    before = tower.recorded, tower.record_from
+    tower.recorded, tower.record_from = [], start if start >= 0 else len(tower.blocks) + start
+    try:
+        yield tower.recorded
+    finally:
+        tower.recorded, tower.record_from = before
+
+
+@contextmanager
+def dropping(tower: "ImageTower", keep: Tensor) -> Iterator[None]:
+    """Let every pass through an image tower drop the patches with False in `keep`, bool (B, N), whoever calls it."""
+    before = tower.kept
+    tower.kept = keep
+    try:
+        yield
+    finally:
+        tower.kept = before
+
+
+def fill_dropped(patches: Tensor, keep: Tensor | None) -> Tensor:
+    """Return patch features (B, N, width) with those of dropped patches replaced by the mean of the kept ones.
+
+    What a dropped patch's own output says comes from nowhere but itself; a method that averages patches would read it.
+    """
+    if keep is None:
+        return patches
+    weight = keep[..., None].to(patches.dtype)
+    mean = (patches * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.where(keep[..., None], patches, mean)
 
 
 class ImageTower(Tower):
@@ -149,6 +226,8 @@ class ImageTower(Tower):
     image_size: tuple[int, int]
     grid: tuple[int, int]
     patch_size: tuple[int, int]
+    kept: Tensor | None = None
+    """Patches that every pass keeps, bool (B, N); see `dropping`."""
 
     @property
     @abstractmethod
@@ -178,9 +257,10 @@ class ImageTower(Tower):
         extra_cls: Tensor | None = None,
         isolation: Isolation = "none",
         keep: Tensor | None = None,
-        attention: bool = False,
+        attention: Shown = False,
         shift: Tensor | None = None,
         adapt: Adapt | None = None,
+        local: Local | None = None,
     ) -> ImageFeatures:
         """See `Backbone.encode_image`."""
 
@@ -258,9 +338,10 @@ class Backbone(nn.Module):
         extra_cls: Tensor | None = None,
         isolation: Isolation = "none",
         keep: Tensor | None = None,
-        attention: bool = False,
+        attention: Shown = False,
         shift: Tensor | None = None,
         adapt: Adapt | None = None,
+        local: Local | None = None,
     ) -> ImageFeatures:
         """Return class and patch features of images.
 
@@ -270,11 +351,13 @@ class Backbone(nn.Module):
                 differ from it only by content.
             isolation: "none" (every token sees every token), "cls" (class tokens do not see each other) or "full"
                 (patches do not see class tokens either: no path between class tokens is left).
-            keep: bool (B, N); patches with False are dropped: no token attends to them.
-            attention: also return the attention probabilities of every block (slower, quadratic memory).
+            keep: bool (B, N); patches with False are dropped: no token attends to them, and their outputs are the mean
+                of those of the kept ones.
+            attention: also return the attention probabilities of every block (slower, quadratic memory) or the last.
             shift: added to the class token of each image, shape (B, width_image): what is known about the image beside
                 its pixels, such as its camera (CLIP-ReID's side information embedding).
             adapt: changes the patch tokens (B, N, width_image) that enter the last block; class tokens see the result.
+            local: how patches may look at each other; None: as they were trained to.
 
         Raises:
             UsageError: the images are not of `image_size`.
@@ -286,7 +369,14 @@ class Backbone(nn.Module):
                 hint="Resize the images, or build the backbone with that image_size.",
             )
         return self.image.encode(
-            images, extra_cls=extra_cls, isolation=isolation, keep=keep, attention=attention, shift=shift, adapt=adapt
+            images,
+            extra_cls=extra_cls,
+            isolation=isolation,
+            keep=self.image.kept if keep is None else keep,
+            attention=attention,
+            shift=shift,
+            adapt=adapt,
+            local=local,
         )
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
@@ -340,8 +430,11 @@ def join_class_tokens(first: Tensor, extra: Tensor | None, batch: int, shift: Te
     return joined if shift is None else joined + shift[:, None].to(first.dtype)
 
 
-def of_patches(adapt: Adapt | None, classes: int) -> Adapt | None:
-    """Return a change of patch tokens as one of all tokens that leaves the first `classes` of them alone."""
+def of_patches(adapt: Adapt | None, classes: int, keep: Tensor | None = None) -> Adapt | None:
+    """Return a change of patch tokens as one of all tokens that leaves the first `classes` of them alone.
+
+    It sees the mean of the kept patches where one is dropped.
+    """
     if adapt is None:
         return None
-    return lambda tokens: torch.cat([tokens[:, :classes], adapt(tokens[:, classes:])], dim=1)
+    return lambda tokens: torch.cat([tokens[:, :classes], adapt(fill_dropped(tokens[:, classes:], keep))], dim=1)

@@ -11,17 +11,19 @@ import torch
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from reidctl.backbones.attention import Isolation, attend, split_heads, token_mask
+from reidctl.backbones.attention import Alike, Isolation, Local, attend, attend_alike, split_heads, token_mask
 from reidctl.backbones.base import (
     Adapt,
     Backbone,
     BackboneConfig,
     ImageFeatures,
     ImageTower,
+    Shown,
     TextFeatures,
     TextTower,
     Tower,
     check_stride,
+    fill_dropped,
     join_class_tokens,
     last_real,
     of_patches,
@@ -69,15 +71,23 @@ class _ClipTower(Tower):
     causal = False
 
     def run_block(
-        self, block: nn.Module, tokens: Tensor, mask: Tensor | None, attention: bool
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        mask: Tensor | None,
+        attention: bool,
+        alike: Alike | None = None,
+        classes: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Equal to `block(tokens)`."""
         parts = cast(Any, block)
         attn = parts.attn
         joined = nn.functional.linear(parts.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
-        mixed, probabilities = attend(
-            *split_heads(joined, attn.num_heads), mask=mask, causal=self.causal, attention=attention
-        )
+        looks = split_heads(joined, attn.num_heads)
+        if alike is None:
+            mixed, probabilities = attend(*looks, mask=mask, causal=self.causal, attention=attention)
+        else:
+            mixed, probabilities = attend_alike(*looks, alike, classes, mask=mask, attention=attention)
         tokens = tokens + parts.ls_1(attn.out_proj(mixed))
         return tokens + parts.ls_2(parts.mlp(parts.ln_2(tokens))), probabilities
 
@@ -125,9 +135,10 @@ class ClipImageTower(_ClipTower, ImageTower):
         extra_cls: Tensor | None = None,
         isolation: Isolation = "none",
         keep: Tensor | None = None,
-        attention: bool = False,
+        attention: Shown = False,
         shift: Tensor | None = None,
         adapt: Adapt | None = None,
+        local: Local | None = None,
     ) -> ImageFeatures:
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, V)
         classes = join_class_tokens(self.class_token, extra_cls, len(images), shift).to(patches.dtype)  # (B, K, V)
@@ -136,15 +147,15 @@ class ClipImageTower(_ClipTower, ImageTower):
         tokens = self.visual.ln_pre(torch.cat([classes + table[0], patches + table[1:]], dim=1))
         count = classes.shape[1]
         mask = token_mask(count, patches.shape[1], isolation, keep, patches.device)
-        tokens, previous, maps = self.run_blocks(tokens, mask, attention, of_patches(adapt, count))
+        tokens, previous, maps = self.run_blocks(tokens, mask, attention, of_patches(adapt, count, keep), local, count)
         hidden = self.visual.ln_post(tokens)
         joint = self.project(hidden)
         return ImageFeatures(
             cls=joint[:, :count],
-            patches=joint[:, count:],
+            patches=fill_dropped(joint[:, count:], keep),
             grid=self.grid,
             hidden_cls=hidden[:, :count],
-            hidden_patches=hidden[:, count:],
+            hidden_patches=fill_dropped(hidden[:, count:], keep),
             previous_cls=previous[:, :count],
             attention=maps,
         )

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reidctl.backbones.attention import Isolation, attend, split_heads, token_mask
+from reidctl.backbones.attention import Alike, Isolation, Local, attend, attend_alike, split_heads, token_mask
 from reidctl.backbones.base import (
     Adapt,
     Backbone,
     BackboneConfig,
     ImageFeatures,
     ImageTower,
+    Shown,
     TextFeatures,
     TextTower,
     Tower,
     check_stride,
+    fill_dropped,
     join_class_tokens,
     of_patches,
 )
@@ -99,21 +101,28 @@ class EncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(size.hidden_dropout_prob)
 
-    def attend(self, tokens: Tensor, mask: Tensor | None, attention: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, tokens: Tensor, mask: Tensor | None, attention: bool, alike: Alike | None = None, classes: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the self-attention's output (B, T, width) and its probabilities if asked for."""
         dropout = self.attention_dropout if self.training else 0.0
-        query, key, value = split_heads(self.qkv(tokens), self.heads)
-        mixed, probabilities = attend(query, key, value, mask=mask, dropout=dropout, attention=attention)
+        looks = split_heads(self.qkv(tokens), self.heads)
+        if alike is None:
+            mixed, probabilities = attend(*looks, mask=mask, dropout=dropout, attention=attention)
+        else:
+            mixed, probabilities = attend_alike(*looks, alike, classes, mask=mask, dropout=dropout, attention=attention)
         return self.dropout(self.out(mixed)), probabilities
 
     def mlp(self, tokens: Tensor) -> Tensor:
         """Return the two-layer perceptron's output."""
         return cast(Tensor, self.dropout(self.fc2(self.activation(self.fc1(tokens)))))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, attention: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None, attention: bool, alike: Alike | None = None, classes: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the block's output and its attention probabilities if asked for."""
         if self.pre_norm:
-            mixed, probabilities = self.attend(self.norm1(tokens), mask, attention)
+            mixed, probabilities = self.attend(self.norm1(tokens), mask, attention, alike, classes)
             tokens = tokens + mixed
             return tokens + self.mlp(self.norm2(tokens)), probabilities
         mixed, probabilities = self.attend(tokens, mask, attention)
@@ -135,9 +144,15 @@ class _Tower(Tower):
         return cast(Tensor, self.projection(hidden))
 
     def run_block(
-        self, block: nn.Module, tokens: Tensor, mask: Tensor | None, attention: bool
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        mask: Tensor | None,
+        attention: bool,
+        alike: Alike | None = None,
+        classes: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        return cast(tuple[Tensor, Tensor | None], block(tokens, mask, attention))
+        return cast(tuple[Tensor, Tensor | None], block(tokens, mask, attention, alike, classes))
 
 
 class VitTower(_Tower, ImageTower):
@@ -183,9 +198,10 @@ class VitTower(_Tower, ImageTower):
         extra_cls: Tensor | None = None,
         isolation: Isolation = "none",
         keep: Tensor | None = None,
-        attention: bool = False,
+        attention: Shown = False,
         shift: Tensor | None = None,
         adapt: Adapt | None = None,
+        local: Local | None = None,
     ) -> ImageFeatures:
         patches = self.patch_projection(images).flatten(2).transpose(1, 2)  # (B, N, V)
         classes = join_class_tokens(self.cls_token, extra_cls, len(images), shift).to(patches.dtype)  # (B, K, V)
@@ -193,15 +209,15 @@ class VitTower(_Tower, ImageTower):
         tokens = self.dropout(torch.cat([classes + self.positions[0], patches + self.positions[1:]], dim=1))
         count = classes.shape[1]
         mask = token_mask(count, patches.shape[1], isolation, keep, patches.device)
-        tokens, previous, maps = self.run_blocks(tokens, mask, attention, of_patches(adapt, count))
+        tokens, previous, maps = self.run_blocks(tokens, mask, attention, of_patches(adapt, count, keep), local, count)
         hidden = self.norm(tokens)
         joint = self.project(hidden)
         return ImageFeatures(
             cls=joint[:, :count],
-            patches=joint[:, count:],
+            patches=fill_dropped(joint[:, count:], keep),
             grid=self.grid,
             hidden_cls=hidden[:, :count],
-            hidden_patches=hidden[:, count:],
+            hidden_patches=fill_dropped(hidden[:, count:], keep),
             previous_cls=previous[:, :count],
             attention=maps,
         )
