@@ -17,6 +17,7 @@ SECTIONS = (
     "seed",
     "synth",
     "caption",
+    "phrases",
     "backbone",
     "method",
     "data",

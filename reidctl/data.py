@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 
 from reidctl.augment import AugmentConfig, Erase, Interpolation, apply_erase, augment_pixels
-from reidctl.batch import Batch, Roster, Tokens
+from reidctl.batch import Batch, PhraseSets, Roster, Tokens
 from reidctl.console import log
 from reidctl.errors import DataError
+from reidctl.phrases.sets import PhraseTable
 from reidctl.pixels import PixelStore, normalise
 from reidctl.sides import mentions_side
 
@@ -284,6 +285,7 @@ class TrainingSet:
         shuffle_labels: give every person all texts of another person, or, where no text is read, images of anybody (the
             control that must stay at chance).
         caption_free: make samples of images without a caption too.
+        phrases: of the captions, for methods that read part phrases; the target must be the caption then.
 
     Raises:
         DataError: a text that the method needs is missing.
@@ -305,8 +307,10 @@ class TrainingSet:
         cache_bytes: int = 1 << 29,
         shuffle_labels: bool = False,
         caption_free: bool = False,
+        phrases: PhraseTable | None = None,
     ) -> None:
         self.corpus = corpus
+        self.phrases = phrases
         self.statistics = (tuple(mean), tuple(std))
         self.augment = augment or AugmentConfig()
         self.target, self.seed = target, seed
@@ -354,6 +358,7 @@ class TrainingSet:
         clothing = [text or "" for text in corpus.clothing]
         if shuffle_labels:
             captions, identity, clothing = self._shuffled(captions, identity, clothing)
+        self._captions = captions
         both = [f"{a} {b}".strip() for a, b in zip(identity, clothing, strict=True)]
         # One table for all roles: caption s is number s; the texts of image row r follow at fixed offsets.
         self._offsets = {"identity": len(captions), "clothing": len(captions) + len(identity)}
@@ -479,6 +484,7 @@ class TrainingSet:
             has_fusion=torch.from_numpy(fusion >= 0),
             has_text=None if paired.all() else torch.from_numpy(paired),
             domain=torch.from_numpy(self.domain_of_row[rows]),
+            phrases=self._phrases_of(target[paired]),
             camera=torch.from_numpy(self.camera_of_row[rows]),
         )
 
@@ -487,6 +493,9 @@ class TrainingSet:
         for pixels, sample in zip(image, samples, strict=True):
             apply_erase(pixels, sample.erase, self.augment, mean=self.statistics[0])
         return image
+
+    def _phrases_of(self, target: Numbers) -> PhraseSets | None:
+        return None if self.phrases is None else self.phrases.sets([self._captions[number] for number in target])
 
     def _kept(self, rows: Numbers, target: Numbers) -> dict[str, torch.Tensor]:
         if self.frozen is None:

@@ -18,8 +18,8 @@ GROUPS = [
     {"methods", "data", "synthped"},
     {"backbones", "layers", "retrieval", "runs", "datasets", "device", "sampling"},
     {"pixels"},
-    {"prompt_losses"},
-    {"losses", "metrics", "tables", "config", "console", "batch", "masks", "loading", "augment", "sides"},
+    {"prompt_losses", "part_losses"},
+    {"losses", "metrics", "phrases", "tables", "config", "console", "batch", "masks", "loading", "augment", "sides"},
     {"schemas", "naming"},
     {"errors"},
 ]

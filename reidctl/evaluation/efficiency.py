@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from reidctl.batch import Batch, Tokens
+from reidctl.batch import Batch, PhraseSets, Tokens
 from reidctl.errors import UsageError
 from reidctl.layers.fusion import Fusion, Kind
 from reidctl.layers.fusion import Sequence as FusionSequence
 from reidctl.layers.mamba import Mamba
 from reidctl.methods.base import Method
+from reidctl.phrases.base import PARTS
 
 ROLES = ("full", "identity", "clothing", "fusion")
 
@@ -194,6 +195,17 @@ def costs_table(costs: Mapping[str, Costs]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"peak_bytes": "Int64"}) if rows else pd.DataFrame(rows)
 
 
+_PHRASES = 4
+"""Phrases of a caption in an example batch, all different: captions of people name about as many parts."""
+
+
+def _phrases(tokens: Callable[[int, int], Tokens], size: int, length: int) -> PhraseSets:
+    number = torch.arange(size * _PHRASES).view(size, _PHRASES)
+    first = torch.arange(_PHRASES).expand(size, -1).clamp_max(length - 1)
+    span = torch.stack([first, (first + 1).clamp_max(length)], dim=-1)
+    return PhraseSets(tokens(size * _PHRASES, min(length, 8)), number, number % len(PARTS), span)
+
+
 def example_batch(method: Method, size: int, *, text_length: int | None = None, seed: int = 0) -> Batch:
     """Return a training batch of noise images and random words for a method, on the CPU.
 
@@ -217,8 +229,8 @@ def example_batch(method: Method, size: int, *, text_length: int | None = None, 
     random = torch.Generator().manual_seed(seed)
     words = backbone.tokenizer.word_ids
 
-    def tokens() -> Tokens:
-        ids = torch.randint(words.start, words.stop, (size, length), generator=random)
+    def tokens(count: int = size, long: int = length) -> Tokens:
+        ids = torch.randint(words.start, words.stop, (count, long), generator=random)
         ids[:, 0], ids[:, -1] = backbone.tokenizer.start_id, backbone.tokenizer.end_id
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
@@ -227,6 +239,7 @@ def example_batch(method: Method, size: int, *, text_length: int | None = None, 
         image=torch.randn(size, 3, *backbone.image_size, generator=random),
         person=rows // 2 % max(method.persons, 1),
         texts={role: tokens() for role in ROLES},
+        phrases=_phrases(tokens, size, length) if method.reads_phrases else None,
         clothing_group=rows,
         has_fusion=torch.ones(size, dtype=torch.bool),
         domain=torch.zeros_like(rows),

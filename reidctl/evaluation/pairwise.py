@@ -176,10 +176,12 @@ def _distinct(texts: Sequence[str], candidates: Ints) -> tuple[list[str], Ints, 
 def _encoded_texts(method: Method, texts: list[str], device: torch.device) -> Encoded:
     parts = []
     for start in range(0, len(texts), _TEXTS):
-        tokens = method.backbone.tokenize(texts[start : start + _TEXTS])
+        some = texts[start : start + _TEXTS]
+        tokens = method.backbone.tokenize(some)
         length = int(tokens.mask.sum(1).max())
         trimmed = Tokens(tokens.ids[:, :length], tokens.mask[:, :length])
-        parts.append(method.encode_pair_texts(Batch(texts={"full": trimmed}).to(device)))
+        given = Batch(texts={"full": trimmed}, phrases=method.phrases_of(some))
+        parts.append(method.encode_pair_texts(given.to(device)))
     return join(parts)
 
 

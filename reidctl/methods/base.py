@@ -22,10 +22,13 @@ from torch.nn import functional
 from reidctl import tables
 from reidctl.backbones.base import Backbone
 from reidctl.backbones.weights import from_config
-from reidctl.batch import Batch, Roster
+from reidctl.batch import Batch, PhraseSets, Roster
 from reidctl.config import Section, parse_section
 from reidctl.errors import DataError, UsageError
 from reidctl.layers.matching import Encoded
+from reidctl.phrases.base import Phrase, PhraseSource
+from reidctl.phrases.rules import extract
+from reidctl.phrases.sets import PhraseTable
 
 Explainer = Literal["gradcam", "patch"]
 Role = Literal["image", "text", "new", "prompt"]
@@ -34,6 +37,11 @@ Task = Literal["t2i", "i2i"]
 TargetText = Literal["caption", "identity", "identity+clothing", "clothing", "mix"]
 
 FORMAT = 1
+
+
+def by_rules(texts: Sequence[str]) -> list[list[Phrase]]:
+    """Return the part phrases of texts, found offline."""
+    return [extract(text) for text in texts]
 
 
 class MethodConfig(Section):
@@ -82,6 +90,12 @@ class Method(nn.Module, ABC):
     """Whether its constructor takes a `roster`, and its saved form holds one."""
     roster: Roster = Roster()
     """Datasets and cameras of the training set, for methods that ask for it."""
+    reads_phrases: ClassVar[bool] = False
+    """Whether its losses and pair scores read the part phrases of texts."""
+    reads_phrase_places: bool = False
+    """Whether it needs to know where they stand among the text's tokens."""
+    phrase_source: PhraseSource = staticmethod(by_rules)
+    """Finds the phrases of texts that it has not seen in training."""
 
     def __init__(self, config: MethodConfig, backbone: Backbone, persons: int) -> None:
         super().__init__()
@@ -116,6 +130,11 @@ class Method(nn.Module, ABC):
     def selects_by(self) -> Task:
         """The direction of retrieval that chooses the epoch, where a validation split allows both."""
         return "t2i"
+
+    @property
+    def reads_out(self) -> tuple[float, float]:
+        """Shares of the first class token and of the average patch in the image vector that texts are compared with."""
+        return 1.0, 0.0
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -158,6 +177,26 @@ class Method(nn.Module, ABC):
         `t2i` is what `embed_images` returns. Where `i2i` is missing, images are compared with images by it too.
         """
         return {"t2i": self.embed_images(batch)}
+
+    def phrase_sentence(self, phrase: str) -> str:
+        """Return the text that is encoded for a phrase."""
+        return phrase
+
+    def phrase_table(self, texts: Sequence[str], source: PhraseSource | None = None) -> PhraseTable:
+        """Return the phrases of texts, tokenised; `source` finds them, default `phrase_source`."""
+        offsets = self.backbone.tokenize_offsets if self.reads_phrase_places else None
+        return PhraseTable(texts, source or self.phrase_source, self.backbone.tokenize, self.phrase_sentence, offsets)
+
+    def phrases_of(self, texts: Sequence[str]) -> PhraseSets | None:
+        """Return the phrases of texts, for `Batch.phrases`; None for methods that read none."""
+        return self.phrase_table(texts).sets(texts) if self.reads_phrases else None
+
+    def phrase_maps(self, batch: Batch) -> Tensor | None:
+        """Return where each phrase of `batch.phrases` is seen in its image, distributions (B, K, N).
+
+        None for methods without a phrase-patch module.
+        """
+        return None
 
     @property
     def scores_pairs(self) -> bool:
@@ -203,7 +242,7 @@ class Method(nn.Module, ABC):
     def _no_pairs(self) -> UsageError:
         return UsageError(
             f"This `{self.name}` has no match head that could score an image with a text.",
-            hint="Train one: `reidctl finetune --method bdam --set method.protocol=pairwise`.",
+            hint="Train one: `reidctl finetune --method bdam --set method.protocol=pairwise`, or `--method interpart`.",
         )
 
     def objective(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -373,11 +412,14 @@ class Method(nn.Module, ABC):
         top = relevance.amax(dim=1, keepdim=True).clamp_min(1e-12)
         return (relevance.clamp_min(0) / top).reshape(len(batch), *self.backbone.grid)
 
+    def patch_features(self, batch: Batch) -> Tensor:
+        """Return every patch as a unit vector of the space in which images meet texts, shape (B, N, D)."""
+        return unit(self.backbone.encode_image(batch.require("image")).patches)
+
     def patch_similarity(self, batch: Batch) -> Tensor:
         """Return the cosine of every patch with the text in the retrieval space, shape (B, N)."""
         with torch.no_grad():
-            patches = functional.normalize(self.backbone.encode_image(batch.require("image")).patches, dim=-1)
-            return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
+            return torch.einsum("bnd,bd->bn", self.patch_features(batch), self.embed_texts(batch))
 
     def _gradcam(self, batch: Batch, score: Callable[[], Tensor] | None = None) -> Tensor:
         """Gradient x activation at the norm in front of the last block's attention, patch tokens only, shape (B, N).

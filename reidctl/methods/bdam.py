@@ -161,6 +161,11 @@ class Bdam(Method):
         return ("full", "identity", "clothing")
 
     @property
+    def reads_out(self) -> tuple[float, float]:
+        """Patches alone: 002 drops the class token."""
+        return 0.0, 1.0
+
+    @property
     def gallery_texts(self) -> tuple[str, ...]:
         """`own_text` reads the identity text that was written from the gallery image alone."""
         return ("identity",) if self.config.protocol == "own_text" else ()
@@ -444,18 +449,16 @@ class Bdam(Method):
             found |= {"image": weights[:, 0], "text": weights[:, 1]}
         return found
 
-    def patch_similarity(self, batch: Batch) -> Tensor:
-        """Return the cosine with the text of every identity token taken as if it were the whole image, (B, N)."""
-        with torch.no_grad():
-            tokens = self.streams(batch.require("image")).identity_tokens
-            count, patches, _ = tokens.shape
-            each = tokens.flatten(0, 1)  # (B * N, D)
-            if self.config.protocol == "visual":
-                features = self.visual_head(each)
-            else:
-                features = self.fusion(each, None, image_tokens=each[:, None]).feature
-            features = unit(features).view(count, patches, -1)
-            return torch.einsum("bnd,bd->bn", features, self.embed_texts(batch))
+    def patch_features(self, batch: Batch) -> Tensor:
+        """Return every identity token taken as if it were the whole image, unit vectors, (B, N, W)."""
+        tokens = self.streams(batch.require("image")).identity_tokens
+        count, patches, _ = tokens.shape
+        each = tokens.flatten(0, 1)  # (B * N, D)
+        if self.config.protocol == "visual":
+            features = self.visual_head(each)
+        else:
+            features = self.fusion(each, None, image_tokens=each[:, None]).feature
+        return unit(features).view(count, patches, -1)
 
 
 METHOD = Bdam

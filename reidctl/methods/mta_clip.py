@@ -151,6 +151,14 @@ class MtaClip(ClipReid):
         hidden = torch.cat([first, pooled], dim=-1) if config.readout == "concat" else joint
         return Seen(seen.previous_cls[:, 0], hidden, self.backbone.image.project(joint))
 
+    @property
+    def reads_out(self) -> tuple[float, float]:
+        """Class token and average patch alike, or what `sga.readout` says."""
+        config = self.config.sga
+        if not config.enabled or config.readout == "pre_last":
+            return 1.0, 0.0
+        return (0.0, 1.0) if config.readout == "gap" else (0.5, 0.5)
+
     def _adapt(self, patches: Tensor) -> Tensor:
         adapted: Tensor = self.sga(patches, self.backbone.grid)
         return adapted
@@ -159,11 +167,9 @@ class MtaClip(ClipReid):
         """Return how much each adapted patch speaks for its image's feature, (B, h, w); see `Method.activation`."""
         return self._towards(self._patches(batch), self.see(batch).proj)
 
-    def patch_similarity(self, batch: Batch) -> Tensor:
-        """Return the cosine of every adapted patch with the text in the joint space, shape (B, N)."""
-        with torch.no_grad():
-            patches = unit(self._patches(batch))
-            return torch.einsum("bnd,bd->bn", patches, self.embed_texts(batch))
+    def patch_features(self, batch: Batch) -> Tensor:
+        """Return every adapted patch as a unit vector of the joint space, shape (B, N, D)."""
+        return unit(self._patches(batch))
 
     def _patches(self, batch: Batch) -> Tensor:
         """The patches as the feature reads them, in the joint space, (B, N, D)."""

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from pydantic import Field
 
+from reidctl import tables
 from reidctl.backbones.base import Backbone
 from reidctl.backbones.statistics import check_statistics
 from reidctl.backbones.weights import build
@@ -17,8 +18,10 @@ from reidctl.console import log
 from reidctl.data import Corpus, TrainingSet, datasets_part, roster_of
 from reidctl.errors import UsageError
 from reidctl.methods.base import Method, MethodConfig, build_method, load_method, method_class, method_names
+from reidctl.phrases.base import PhraseConfig, PhraseSource
 from reidctl.runs import Run, digest
 from reidctl.stages.noise import degrade_captions, exchange_descriptions
+from reidctl.stages.phrases import phrase_source
 from reidctl.stages.sources import DataSettings, Source
 from reidctl.training import PromptConfig, TrainConfig, epoch_batches
 
@@ -77,7 +80,8 @@ class Settings:
 
     Attributes:
         name: of the method.
-        method, training, prompts, towers, handling: the sections `method`, `train`, `prompt`, `backbone` and `data`.
+        method, training, prompts, towers, handling, phrases: the sections `method`, `train`, `prompt`, `backbone`,
+            `data` and `phrases`.
     """
 
     name: str
@@ -86,13 +90,14 @@ class Settings:
     prompts: PromptConfig
     towers: BackboneSettings
     handling: DataSettings
+    phrases: PhraseConfig
 
 
 def check(recipe: Mapping[str, Any]) -> Settings:
     """Return the settings of a resolved recipe, or refuse what no training takes, before anything is loaded.
 
     Raises:
-        UsageError: an unknown setting or a wrong value in `method`, `backbone`, `train`, `prompt` or `data`.
+        UsageError: an unknown setting or a wrong value in `method`, `backbone`, `train`, `prompt`, `data` or `phrases`.
     """
     settings = dict(recipe["method"])
     name = settings.pop("name")
@@ -103,6 +108,7 @@ def check(recipe: Mapping[str, Any]) -> Settings:
         parse_section(PromptConfig, recipe.get("prompt"), "prompt"),
         parse_section(BackboneSettings, recipe.get("backbone"), "backbone"),
         parse_section(DataSettings, recipe.get("data"), "data"),
+        parse_section(PhraseConfig, recipe.get("phrases"), "phrases"),
     )
 
 
@@ -137,6 +143,40 @@ def where_used(handling: DataSettings) -> dict[str, Any]:
     return used
 
 
+def phrase_settings(checked: Settings) -> dict[str, Any]:
+    """The settings of `phrases`, for methods that read phrases; the rest of their backend is left out."""
+    if not method_class(checked.name).reads_phrases:
+        return {}
+    return {
+        "phrases": checked.phrases.model_dump(mode="json", exclude_defaults=True) | {"backend": checked.phrases.backend}
+    }
+
+
+def phrase_digest(checked: Settings) -> dict[str, str]:
+    """Return the digest of ready phrases by the name `phrases`, where a method reads them from a file."""
+    path = checked.phrases.file
+    return {"phrases": digest(path)} if path is not None and method_class(checked.name).reads_phrases else {}
+
+
+def find_phrases(run: Run, source: Source | None, config: PhraseConfig) -> PhraseSource:
+    """Return what finds the phrases of captions as `config` says; answers of slow backends are kept in the run.
+
+    Without a dataset nothing is `given`; phrases are then found by the rules, as for every text that has none.
+    """
+    captions = None
+    if config.backend == "given":
+        known = source is not None and source.captions.is_file()
+        captions = tables.read_table(source.captions, "captions") if source and known else tables.empty("captions")
+    return phrase_source(config, cache=run.path / "phrases" / "cache.jsonl", captions=captions)
+
+
+def give_phrases(run: Run, source: Source | None, method: Method) -> None:
+    """Let a trained method that reads phrases find those of new texts as in its training."""
+    if method.reads_phrases:
+        saved = dict(run.require("finetune")["settings"].get("phrases") or {})
+        method.phrase_source = find_phrases(run, source, parse_section(PhraseConfig, saved, "phrases"))
+
+
 def corpus_of(source: Source, handling: DataSettings, seed: int) -> Corpus:
     """Return the images and texts of the datasets asked for, with the texts exchanged that the settings ask for."""
     corpus = datasets_part(source.corpus(), handling.datasets)
@@ -158,9 +198,12 @@ def build_model(train: Corpus, checked: Settings, training: TrainConfig, seed: i
     return model
 
 
-def training_set(train: Corpus, model: Method, training: TrainConfig, seed: int) -> TrainingSet:
-    """Return the samples that a method is trained on."""
+def training_set(
+    train: Corpus, model: Method, training: TrainConfig, seed: int, phrases: PhraseSource | None = None
+) -> TrainingSet:
+    """Return the samples that a method is trained on; `phrases` finds the phrases of captions, if it reads any."""
     backbone = model.backbone
+    sentences = [str(text) for text in train.captions["text"]]
     samples = TrainingSet(
         train,
         size=backbone.image_size,
@@ -175,10 +218,11 @@ def training_set(train: Corpus, model: Method, training: TrainConfig, seed: int)
         cache_bytes=training.cache_mb << 20,
         shuffle_labels=training.shuffle_labels,
         caption_free=training.sampler == "mixed",
+        phrases=model.phrase_table(sentences, phrases) if model.reads_phrases else None,
     )
     captions = "no captions are read"
     if "full" in model.train_texts:
-        cut = backbone.truncation_rate([str(text) for text in train.captions["text"]])
+        cut = backbone.truncation_rate(sentences)
         captions = f"{100 * cut:.1f} % of captions are cut at {backbone.context_length} tokens"
     log.info(
         f"{model.name}: {len(samples)} samples of {len(samples.persons)} people, "

@@ -75,8 +75,9 @@ def run(
         "device": target.type,
         # Only where it is used: runs from before it existed stay up to date.
         **building.where_used(handling),
+        **building.phrase_settings(checked),
     }
-    inputs = source.digests() | building.start_digest(towers)
+    inputs = source.digests() | building.start_digest(towers) | building.phrase_digest(checked)
     images = tables.read_table(source.images, "images")
     check_datasets(images, handling.datasets)
     prompts = _prompts(run, checked, source)
@@ -93,7 +94,8 @@ def run(
     chosen = corpus.of_split(training.select)
     model = building.build_model(train, checked, training, seed)
     building.require_losses(model, STAGE)
-    samples = building.training_set(train, model, training, seed)
+    phrases = building.find_phrases(run, source, checked.phrases) if model.reads_phrases else None
+    samples = building.training_set(train, model, training, seed, phrases)
     building.require_batches(samples, training, seed)
     if prompts is not None:
         prompt_stage.hand_over(prompts, model, samples.persons)

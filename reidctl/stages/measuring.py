@@ -23,6 +23,7 @@ from reidctl.evaluation.protocols import JOINT
 from reidctl.methods.base import Method, load_method
 from reidctl.retrieval.store import EmbeddingTable, Stored
 from reidctl.runs import Run
+from reidctl.stages.building import give_phrases
 from reidctl.stages.index import indexed_tasks, label_rows, model_digest, read_index
 from reidctl.stages.sources import Source, find_source
 
@@ -88,6 +89,7 @@ def find_subject(
     whole = source.corpus()
     corpus = whole.of_split(split)
     method = load_method(run.stage_dir("finetune"), target)
+    give_phrases(run, source, method)
     if query != "caption" and method.gallery_texts:
         raise UsageError(
             f"The gallery of `{method.name}` with this protocol contains texts written from the images; "

@@ -20,7 +20,9 @@ from reidctl.report.sheet import ranking_sheet
 from reidctl.retrieval.exact import search
 from reidctl.retrieval.store import read_embeddings
 from reidctl.runs import Run, digest
+from reidctl.stages.building import give_phrases
 from reidctl.stages.index import TABLES, indexed_tasks, model_digest
+from reidctl.stages.sources import Source, find_source
 
 
 def run(
@@ -69,6 +71,7 @@ def run(
     names, people = stored.rows["item_id"], stored.rows["person_id"]
     if deep is not None:
         pairwise.check(method, deep, len(stored), "the index")
+        give_phrases(run, _source(run), method)
     query = _query(method, text, image, target)
     found, cosines = search(query, stored.vectors, top=max(top, rerank or 0), gallery_id=names)
     rows, scores = found[0], cosines[0].astype(np.float64)
@@ -99,6 +102,14 @@ def run(
         "query": text if text is not None else str(image),
         "results": results,
     }
+
+
+def _source(run: Run) -> Source | None:
+    """The run's dataset; a search can do without."""
+    try:
+        return find_source(run)
+    except DataError:
+        return None
 
 
 def _table(run: Run, record: dict[str, Any], task: Task) -> Path:

@@ -20,6 +20,7 @@ SETTINGS = {
     "bdam": ("vit-bert:micro", {"depth": 1, "heads": 2, "fusion": {"width": 16, "out_dim": 16, "sequence": "tokens"}}),
     "hpl": ("clip:micro", {"inversion": {"layers": 1, "heads": 2}, "n_id_tokens": 2, "n_inst_tokens": 2}),
     "clip-reid": ("clip:micro", {"n_id_tokens": 2}),
+    "interpart": ("clip:micro", {}),
     "mta-clip": ("clip:micro", {"n_id_tokens": 2, "sga": {"groups": 4, "gamma_init": 0.1}, "unfreeze_blocks": "all"}),
 }
 CPU = resolve_device("cpu")
@@ -37,9 +38,9 @@ def model(name, **changes):
 
 
 def training_batch(method, folder, rows=range(12)):
-    backbone = method.backbone
+    backbone, corpus = method.backbone, corpus_of(folder)
     samples = TrainingSet(
-        corpus_of(folder),
+        corpus,
         size=backbone.image_size,
         mean=backbone.mean,
         std=backbone.std,
@@ -48,6 +49,7 @@ def training_batch(method, folder, rows=range(12)):
         texts=("full",) if method.name in ("clip-reid", "mta-clip") else method.train_texts,
         target=method.target_text,
         augment=AugmentConfig(flip=0, pad=0, erase=0),
+        phrases=method.phrase_table(list(corpus.captions["text"])) if method.reads_phrases else None,
     )
     return samples.collate([samples[(0, row, row)] for row in rows])
 
@@ -198,7 +200,7 @@ def test_a_loss_of_weight_zero_is_not_computed(name, folder):
     assert first not in method.losses(training_batch(method, folder), "finetune")
 
 
-PAIRED = {"bdam": {"protocol": "pairwise"}}
+PAIRED = {"bdam": {"protocol": "pairwise"}, "interpart": {}}
 
 
 @pytest.mark.covers(143)
@@ -215,7 +217,7 @@ def test_a_method_scores_pairs_one_by_one_or_says_which_training_makes_a_head(na
     assert method.scores_pairs
     with torch.no_grad():
         images = method.encode_pair_images(Batch(image=batch.image))
-        texts = method.encode_pair_texts(Batch(texts={"full": batch.texts["full"]}))
+        texts = method.encode_pair_texts(Batch(texts={"full": batch.texts["full"]}, phrases=batch.phrases))
         image, text = torch.tensor([0, 5, 2, 2]), torch.tensor([1, 1, 0, 4])
         scores = method.pair_scores(images[image], texts[text])
         assert scores.shape == (4,) and scores.dtype == torch.float32 and len(set(scores.tolist())) == 4
