@@ -4,7 +4,7 @@ import pyarrow as pa
 
 VERSION = 1
 # Tables whose columns changed since; all others are of version 1.
-_VERSIONS = {"queries": 2, "rankings": 2}
+_VERSIONS = {"queries": 2, "rankings": 2, "faithfulness": 2}
 
 TEXT = pa.string()
 ENUM = pa.dictionary(pa.int32(), pa.string())
@@ -328,13 +328,31 @@ SCHEMAS: dict[str, pa.Schema] = {
         {
             "query_id": TEXT,
             "image_id": TEXT,
+            "person_id": TEXT,
+            "judge": TEXT,
             "explainer": ENUM,
             "control": ENUM,
-            "fill": ENUM,
+            "fill": TEXT,
             "removed": pa.float32(),
             "score": pa.float32(),
+            "drop": pa.float32(),
             "rank": pa.float64(),
+            "first": pa.float64(),
+            "ap": pa.float64(),
         }
+    ),
+    "interpretability": _schema(
+        {
+            "explainer": ENUM,
+            "judge": TEXT,
+            "metric": TEXT,
+            "kind": ENUM,
+            "control": ENUM,
+            "fill": TEXT,
+            "value": pa.float64(),
+            "items": pa.int64(),
+        },
+        {"removed": pa.float32(), "low": pa.float64(), "high": pa.float64()},
     ),
 }
 

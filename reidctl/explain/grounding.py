@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from reidctl.explain.maps import Heat, grid_map, named_rows, upsample
+from reidctl.explain.maps import Heat, Phrase, grid_map, named_rows, upsample
+from reidctl.explain.parsing import part_of_phrase
 from reidctl.masks import decode_mask
 from reidctl.metrics import Interval, bootstrap_interval
 
@@ -68,6 +69,11 @@ def centre_map(size: tuple[int, int]) -> Heat:
 
 def pooled_map(mask: Mask, grid: tuple[int, int]) -> Heat:
     """Return a mask as a grid of patches would draw it: the share of each patch inside, upsampled to (H, W)."""
+    return upsample(pooled_cells(mask, grid), (mask.shape[0], mask.shape[1]))
+
+
+def pooled_cells(mask: Mask, grid: tuple[int, int]) -> Heat:
+    """Return the share of each patch of a grid (h, w) that a mask (H, W) covers, shape (h, w)."""
     height, width = mask.shape
     cells = np.zeros(grid, np.float32)
     rows = np.linspace(0, height, grid[0] + 1).round().astype(int)
@@ -76,7 +82,7 @@ def pooled_map(mask: Mask, grid: tuple[int, int]) -> Heat:
         for j in range(grid[1]):
             cell = mask[rows[i] : max(rows[i + 1], rows[i] + 1), columns[j] : max(columns[j + 1], columns[j] + 1)]
             cells[i, j] = cell.mean() if cell.size else 0.0
-    return upsample(cells, (height, width))
+    return cells
 
 
 PartNames = Mapping[tuple[str, int, int], str]
@@ -99,8 +105,9 @@ def find_mask(phrase: str, parts: Sequence[Any], size: tuple[int, int], *, name:
     """Return the true region of a phrase in an image, or None if no part answers to it.
 
     The part called `name` wins if the image shows it. Else a part whose own phrase is the phrase (articles and case
-    aside); else parts whose name, or the last word of whose phrase, is a word of the phrase ("the man's red backpack"
-    finds "red backpack"). Several parts are united.
+    aside); else parts whose name means what the phrase says ("sneakers" finds "left shoe" and "right shoe", see
+    `parsing.part_of_phrase`); else parts whose name, or the last word of whose phrase, is a word of the phrase ("the
+    man's red backpack" finds "red backpack"). Several parts are united.
 
     Args:
         phrase: the text.
@@ -111,11 +118,21 @@ def find_mask(phrase: str, parts: Sequence[Any], size: tuple[int, int], *, name:
     words = _words(phrase)
     known = [part for part in parts if part.part == name]
     exact = [part for part in parts if part.phrase and _words(str(part.phrase)) == words]
-    chosen = known or exact or [part for part in parts if _names(part) & set(words)]
+    meant = set(part_of_phrase(phrase, [str(part.part) for part in parts]))
+    named = [part for part in parts if str(part.part) in meant]
+    chosen = known or exact or named or [part for part in parts if _names(part) & set(words)]
     masks = [decode_mask(part.mask, *size) for part in chosen]
     if not masks or not any(mask.any() for mask in masks):
         return None
     return np.asarray(np.any(masks, axis=0))
+
+
+def true_mask(phrase: Phrase, parts: pd.DataFrame, images: pd.DataFrame, names: PartNames) -> Mask | None:
+    """Return the true region of an explained phrase in its image, or None; see `find_mask`."""
+    image = named_rows(images[images["image_id"] == phrase.image_id])[0]
+    name = names.get((phrase.query_id, phrase.char_start, phrase.char_end))
+    of_image = named_rows(parts[parts["image_id"] == phrase.image_id])
+    return find_mask(phrase.text, of_image, (int(image.height), int(image.width)), name=name)
 
 
 def _words(text: str) -> list[str]:
