@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -20,6 +20,29 @@ ANALYSES = (
 )
 
 
+class Explained(Section):
+    """What is explained of every trained model, and how the maps are tested.
+
+    Attributes:
+        samples: captions.
+        explainers: as `interpret --explainer`; those that a method lacks are left out.
+        what: as `interpret --what`.
+        fractions: shares of patches that are removed.
+        fills, controls, level: as in `interpret`.
+        encoder: as `interpret --encoder`; `start` is the model that the training started from, `other-start` one that
+            was trained like it on other people from another seed.
+    """
+
+    samples: Annotated[int, Field(ge=1)] = 100
+    explainers: tuple[str, ...] = ("all",)
+    what: tuple[str, ...] = ("grounding", "concentration")
+    fractions: tuple[float, ...] = (0.2,)
+    fills: tuple[str, ...] = ("mean",)
+    controls: tuple[str, ...] = ()
+    level: Literal["caption", "phrase"] = "caption"
+    encoder: str | None = None
+
+
 class Measures(Section):
     """What is measured of every trained model, on test people.
 
@@ -31,6 +54,7 @@ class Measures(Section):
         elsewhere: further datasets by name: a `synth` section over the condition's, as `cross.t2i.mAP` in `measure`.
         rerank: as in `evaluate --rerank`.
         joint: as `evaluate --joint`, as `joint.t2i.mAP`; the conditions need people of two datasets.
+        interpret: as the flags of `interpret`, as `maps.ppim.iou`, `maps.ppim.mAP_drop@0.2-random`; None: not measured.
     """
 
     query: Literal["caption", "identity+clothing", "identity", "clothing"] = "caption"
@@ -40,6 +64,7 @@ class Measures(Section):
     elsewhere: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rerank: tuple[str, ...] = ()
     joint: bool = False
+    interpret: "Explained | None" = None
 
     @field_validator("analyses")
     @classmethod
@@ -59,7 +84,7 @@ class Measures(Section):
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What was measured before there was `joint` keeps its fingerprint."""
         values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if name != "joint" or value}
+        return {name: value for name, value in values.items() if name not in ("joint", "interpret") or value}
 
 
 class Condition(Section):

@@ -22,7 +22,7 @@ from reidctl.evaluation.probes import Probe
 from reidctl.metrics import Interval, bootstrap_interval
 from reidctl.report.scatter import dot_panels, order_targets
 from reidctl.stages.features import Features, families, whole_families
-from reidctl.stages.interpret import collect_gates, write_gates
+from reidctl.stages.gates import collect_gates, write_gates
 from reidctl.stages.kept_features import Kept, kept_features
 from reidctl.stages.measuring import Subject
 from reidctl.tables import write_text

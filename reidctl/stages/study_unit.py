@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from reidctl import console, tables
 from reidctl.config import parse_section
-from reidctl.errors import ReidctlError
+from reidctl.errors import ReidctlError, UsageError
 from reidctl.evaluation.alarms import ALARMS
 from reidctl.evaluation.protocols import JOINT
 from reidctl.evaluation.study import Measures
@@ -257,8 +257,8 @@ def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Value
 
     `t2i.mAP`, `cloth-changing.i2i.rank1` (conditions of `evaluate`), `joint.t2i.mAP` (all datasets in one gallery),
     `chance.t2i.rank1`, `identity-only.t2i.mAP` and `.drop` (robustness), `NAME.t2i.mAP` (elsewhere), names of
-    `analyse`, `train.images_per_second`, `train.seconds`, `prompt.seconds`, `weight.LOSS`, `pseudo.diversity`,
-    `task_cosine`, `alarm.collapse`, ...
+    `analyse`, `maps.ppim.iou` (`interpret`), `train.images_per_second`, `train.seconds`, `prompt.seconds`,
+    `weight.LOSS`, `pseudo.diversity`, `task_cosine`, `alarm.collapse`, ...
     """
     seed = int(unit.recipe["seed"])
     found = _of_training(unit.run, trained)
@@ -276,6 +276,9 @@ def measure(unit: Unit, trained: Mapping[str, Any], measures: Measures) -> Value
     if measures.analyses:
         asked = {"what": measures.analyses, "features": measures.features}
         found |= _kept(unit, "analyse", asked, lambda: _analyse(unit, measures, seed))
+    if measures.interpret is not None:
+        asked = measures.interpret.model_dump(mode="json")
+        found |= _kept(unit, "interpret", asked, lambda: _interpret(unit, measures, seed))
     # The standard evaluation comes last: its tables are the ones that stay in the run.
     return found | _kept(unit, "evaluate", _asked(measures), lambda: _evaluate(unit, measures, seed, unit.dataset))
 
@@ -391,6 +394,54 @@ def _analyse(unit: Unit, measures: Measures, seed: int) -> Values:
         if not name.endswith(".parquet"):
             shutil.copy2(unit.run.path / name, figures)
     return flatten(record["metrics"])
+
+
+def _interpret(unit: Unit, measures: Measures, seed: int) -> Values:
+    from reidctl.explain.explainers import applies
+    from reidctl.methods.base import method_class
+    from reidctl.stages import interpret
+
+    asked = measures.interpret
+    assert asked is not None
+    method = method_class(str(unit.run.require("finetune")["method"]))
+    encoder = asked.encoder
+    if encoder in ("start", "other-start"):
+        encoder = _judging(unit, other=encoder == "other-start")
+    people = unit.dataset
+    record = interpret.run(
+        unit.run,
+        samples=asked.samples,
+        explainer=[name for name in asked.explainers if name == "all" or applies(name, method)],
+        what=asked.what,
+        lenient=True,
+        fractions=asked.fractions,
+        fills=asked.fills,
+        controls=asked.controls,
+        level=asked.level,
+        encoder=encoder,
+        pictures=0,
+        seed=seed,
+        data=people.folder,
+        captions=people.captions,
+    )
+    return flatten({"maps": record["metrics"]})
+
+
+def _judging(unit: Unit, *, other: bool) -> str:
+    """The run of the model that the training started from, or of one trained like it from the next seed.
+
+    Raises:
+        UsageError: the training did not start from a model.
+    """
+    if unit.start is None:
+        raise UsageError("The encoder of `interpret` is a starting model, and the study has no `start`.")
+    judge = unit.start
+    if other:
+        judge = replace(judge, recipe={**judge.recipe, "seed": int(judge.recipe["seed"]) + 1})
+        judge.dataset.make()
+        with locked(judge.run.path):
+            judge.train()
+    return str(judge.run.path)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Values:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from reidctl import tables
 from reidctl.masks import encode_mask
 from reidctl.runs import Run, digest
-from reidctl.stages.interpret import write_gates
+from reidctl.stages.gates import write_gates
 
 COLOURS = {
     "red": "#b03030",
