@@ -1,6 +1,7 @@
 """The report page: pictures as data URIs, marked sentences, and the template that puts them together."""
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,8 +15,26 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
+from reidctl.report import grids
+
 ROOM = (176, 208)
 """Largest width and height of an embedded picture; twice of what is shown, for sharp screens."""
+SMALL = (72, 112)
+"""The same of pictures that are shown by the hundred."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture inside the page.
+
+    Attributes:
+        uri: its data.
+        width, height: in pixels; a page that knows them does not jump when a picture comes late.
+    """
+
+    uri: str
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -42,9 +61,11 @@ def render(page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "digest": lambda text: str(text)[:12]}
-    text = environment.get_template("page.html").render(
-        {**page, "style": _text("page.css"), "script": _text("page.js")}
-    )
+    script = _text("page.js")
+    # Only this very script may run, whatever else got into the page.
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    held = {"style": _text("page.css"), "script": script, "script_hash": f"sha256-{allowed}"}
+    text = environment.get_template("page.html").render({**page, **held})
     # A caption may hold a NUL, HTML may not.
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
@@ -55,31 +76,32 @@ def _text(name: str) -> Markup:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction in [0, 1] as people read it; a dash for none."""
-    return "–" if value is None or value != value else f"{100 * value:.{digits}f}"
+    return grids.number(value, scale=100, digits=digits)
 
 
-def picture_uri(path: Path) -> str | None:
-    """Return a picture file, made small enough to show, as a data URI; None if it cannot be read."""
+def embed_file(path: Path, *, small: bool = False) -> Embedded | None:
+    """Return a picture file, made small enough to show; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    return _uri(rgb)
+    return _embed(rgb, SMALL if small else ROOM, quality=72 if small else 84)
 
 
-def pixels_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """Return RGB pixels (H, W, 3), made small enough to show, as a data URI."""
-    return _uri(Image.fromarray(pixels))
+def embed_pixels(pixels: npt.NDArray[np.uint8]) -> Embedded:
+    """Return RGB pixels (H, W, 3), made small enough to show."""
+    return _embed(Image.fromarray(pixels), ROOM, quality=84)
 
 
-def _uri(picture: Image.Image) -> str:
-    picture.thumbnail(ROOM, Image.Resampling.LANCZOS)
+def _embed(picture: Image.Image, room: tuple[int, int], *, quality: int) -> Embedded:
+    picture.thumbnail(room, Image.Resampling.LANCZOS)
     # A rendered thumbnail is smaller as PNG; a photograph is as JPEG.
     kind = "PNG" if picture.width * picture.height <= 64 * 64 else "JPEG"
     held = BytesIO()
-    picture.save(held, kind, quality=84, optimize=True)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode('ascii')}"
+    picture.save(held, kind, quality=quality, optimize=True)
+    uri = f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode('ascii')}"
+    return Embedded(uri, *picture.size)
 
 
 def mark_phrases(sentence: str, spans: Iterable[tuple[int, int, int]]) -> list[Segment]:

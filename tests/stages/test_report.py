@@ -16,6 +16,7 @@ from reidctl import tables
 from reidctl.errors import DataError
 from reidctl.runs import Run, digest
 from reidctl.stages import report
+from reidctl.stages.report_maps import HITS
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -85,11 +86,11 @@ def test_a_caption_with_a_script_stays_text(made):
 
 def test_every_section_is_there_and_linked(made):
     _, record, text, _ = made
-    expected = ["results", "rankings", "maps", "gates", "training", "captions", "data", "provenance"]
+    expected = ["results", "rankings", "maps", "gates", "training", "recipe", "captions", "data", "missing"]
+    expected += ["provenance"]
     assert record["sections"] == expected
     for anchor in expected:
         assert f'href="#{anchor}"' in text and f'id="{anchor}"' in text
-    assert "missing" not in record["sections"]
 
 
 def test_pictures_are_inside_and_described(made):
@@ -121,7 +122,7 @@ def test_real_data_get_no_synthetic_banner(tmp_path):
 def test_marks_agree_with_the_rankings_table(made):
     run, _, text, _ = made
     ranks = tables.read_table(run.table("evaluate", "rankings"), "rankings")
-    ranks = ranks[ranks["rank"] <= report.HITS]
+    ranks = ranks[ranks["rank"] <= HITS]
     for article in re.findall(r'<article class="query".*?</article>', text, flags=re.DOTALL):
         person = re.search(r"(synthped:\d+)", article).group(1)
         marks = [mark == "right" for mark in re.findall(r'<li class="(right|wrong)"', article)]
@@ -171,7 +172,7 @@ def test_missing_stages_are_named_with_their_command(tmp_path, made):
     record = report.run(run)
     text = (run.stage_dir("report") / "report.html").read_text(encoding="utf-8")
     assert record["sections"] == ["data", "missing", "provenance"]
-    for command in ("caption", "finetune --method bdam", "evaluate", "interpret"):
+    for command in ("caption", "finetune --method bdam", "evaluate", "evaluate --setting all", "analyse", "interpret"):
         assert f"reidctl {command} --run" in text
     assert "reidctl data synth" not in text
     Page(text)
