@@ -137,7 +137,7 @@ def command(
         seed=seed or 0,
         force=force,
     )
-    lines = [] if json_ else [*_lines(run), *record["notes"]]
+    lines = [] if json_ else [*_lines(run, record.get("explainers", [])), *record["notes"]]
     emit(record, run=run, as_json=json_, lines=lines)
 
 
@@ -156,7 +156,7 @@ def _fractions(text: str) -> list[float]:
     return found
 
 
-def _lines(run: Path) -> list[str]:
+def _lines(run: Path, order: list[str]) -> list[str]:
     """The explainer x metric table: each value, and its difference to an equal random area where there is one."""
     from reidctl import tables
     from reidctl.runs import Run
@@ -166,7 +166,7 @@ def _lines(run: Path) -> list[str]:
         return []
     frame = tables.read_table(path, "interpretability")
     own = frame[(frame["judge"] == "") | (frame["metric"] == "alignment")]
-    explainers = [name for name in dict.fromkeys(own["explainer"]) if name]
+    explainers = [name for name in dict.fromkeys([*order, *own["explainer"]]) if name in set(own["explainer"]) - {""}]
     cells = {
         heading: [_cell(own[own["explainer"] == name], metric, percents, control) for name in explainers]
         for heading, metric, percents, control in _COLUMNS
@@ -174,13 +174,25 @@ def _lines(run: Path) -> list[str]:
     shown = [heading for heading, column in cells.items() if any(column)]
     if not shown:
         return _binding(frame)
-    title = (
-        "Each value, and in brackets its difference to random patches of equal area (* = the 95 % interval over "
-        f"people excludes 0). Drops at {_at(own):.0%} removed. Percent: pointing, IoU, mAP drop. All of it: "
-        "interpret/interpretability.parquet"
-    )
     rows = [[name, *(cells[heading][place] or "-" for heading in shown)] for place, name in enumerate(explainers)]
-    return [*table(["explainer", *shown], rows, title), *_binding(frame)]
+    return [*table(["explainer", *shown], rows, _title(own, shown, rows)), *_binding(frame)]
+
+
+def _title(frame: Any, shown: list[str], rows: list[list[str]]) -> str:
+    """What the table shows, as far as it shows it."""
+    said = ["Each value"]
+    if any("(" in cell for row in rows for cell in row):
+        said = [
+            "Each value, and in brackets its difference to random patches of equal area (* = the 95 % interval over "
+            "people excludes 0)"
+        ]
+    if frame["removed"].notna().any():
+        fills = [name for name in dict.fromkeys(frame["fill"]) if name]
+        said.append(f"Drops at {_at(frame):.0%} removed" + (f" and fill {fills[0]}" if len(fills) > 1 else ""))
+    percents = [heading for heading, _, fraction, _ in _COLUMNS if fraction and heading in shown]
+    if percents:
+        said.append(f"Percent: {', '.join(percents)}")
+    return ". ".join([*said, "All of it: interpret/interpretability.parquet"])
 
 
 def _at(frame: Any) -> float:

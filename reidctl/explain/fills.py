@@ -4,10 +4,13 @@ A fill changes the chosen pixels and no other one, bit for bit. Filled pixels st
 not: the two answer different questions.
 """
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,7 +153,13 @@ def to_grid(removed: Tensor, grid: Grid, wanted: Grid) -> Tensor:
 def _plug(plugin: Plugin, name: str, pictures: Pictures, rows: Tensor, removed: Tensor) -> tuple[Tensor, None]:
     mask = pixel_mask(removed, pictures.grid, pictures.size)
     before = pictures.pixels[rows.cpu().numpy()]
-    made = plugin(before.copy(), mask.cpu().numpy())
+    try:
+        made = plugin(before.copy(), mask.cpu().numpy())
+    except Exception as error:  # whatever the user's function does
+        raise UsageError(
+            f"The fill `{name}` failed: {type(error).__name__}: {error}.",
+            hint="It is called with pictures uint8 (B, H, W, 3) and masks bool (B, H, W).",
+        ) from error
     if not isinstance(made, np.ndarray) or made.dtype != np.uint8 or made.shape != before.shape:
         found = f"{made.dtype} of shape {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
         raise UsageError(
@@ -158,6 +167,19 @@ def _plug(plugin: Plugin, name: str, pictures: Pictures, rows: Tensor, removed: 
             hint="It must return all pictures that it is given, RGB, filled where the mask is true.",
         )
     return torch.where(mask[:, None], pictures.normalised(made), pictures.images[rows]), None
+
+
+def plugin_digest(name: str) -> str:
+    """Return the sha256 of the file that defines a plug-in's function; empty if there is none, as for a built-in.
+
+    Raises:
+        UsageError: see `load_plugin`.
+    """
+    try:
+        path = inspect.getsourcefile(load_plugin(name))
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    except (TypeError, OSError):
+        return ""
 
 
 def load_plugin(name: str) -> Plugin:

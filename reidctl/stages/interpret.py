@@ -22,7 +22,7 @@ from reidctl.errors import DataError, UsageError
 from reidctl.explain.alignment import PlainEncoder
 from reidctl.explain.controls import CONTROLS, Plan
 from reidctl.explain.explainers import EXPLAINERS, Aggregate, applies, check_explainer
-from reidctl.explain.fills import check_fill
+from reidctl.explain.fills import PLUGIN, check_fill, plugin_digest
 from reidctl.explain.grounding import PartNames, find_mask, part_names, summarise_grounding
 from reidctl.explain.maps import USER_QUERY, Phrase, explain_phrases, grid_map, named_rows, of_captions, pick_phrases
 from reidctl.explain.parsing import read_parsing
@@ -43,7 +43,7 @@ from reidctl.stages.interpret_tests import (
     labelled,
     run_tests,
 )
-from reidctl.stages.measuring import find_subject
+from reidctl.stages.measuring import check_unseen, find_subject
 from reidctl.stages.sources import Source, find_source
 
 STAGE = "interpret"
@@ -148,6 +148,7 @@ def run(
     masks = parts or (source.parts if source.parts.exists() else None)
     if masks is not None:
         inputs["parts"] = digest(masks)
+    inputs |= {f"fill {name}": code for name in fills if name.startswith(PLUGIN) and (code := plugin_digest(name))}
     settings = {
         "seed": seed,
         "interpret": {
@@ -163,6 +164,8 @@ def run(
     if current is not None:
         return {**current, "status": "up-to-date"}
     started = datetime.now(UTC)
+    if force:
+        _forget(run.stage_dir(STAGE) / "parts")
     corpus, written = _corpus(source, split, image), _captions(source)
     known = _phrases_of(run, source, phrases)
     building.give_phrases(run, source, mine.method)
@@ -174,6 +177,7 @@ def run(
     heavy = [name for name in asked_tests if name not in QUICK]
     if heavy:
         find_subject(run, split=split, device=device, data=data, captions=captions)  # refuses what would be no test
+        _check_judges(judges, encoder, source, corpus, split)
     folder = run.stage_dir(STAGE)
     maps = _explain(mine.method, corpus, picked, chosen, target, seed, cast(Aggregate, aggregate))
     true_parts, names_of = _parts(masks, corpus, supplied=parts is not None), part_names(written)
@@ -305,6 +309,22 @@ def _judges(runs: Sequence[Run], device: torch.device) -> list[Model]:
         alike = sum(other.method.name == model.method.name and other.name.startswith(model.name) for other in found)
         found.append(replace(model, name=f"{model.name} ({alike + 1})") if alike else model)
     return found
+
+
+def _check_judges(judges: Sequence[Run], encoder: str | None, source: Source, corpus: Corpus, split: str) -> None:
+    """Refuse judges that were trained on the people they judge.
+
+    Raises:
+        DataError: one was.
+    """
+    named = [("--judge", judge) for judge in judges]
+    if encoder is not None and is_there(Path(encoder)):
+        named.append(("--encoder", Run(Path(encoder))))
+    for flag, other in named:
+        try:
+            check_unseen(other, source, corpus, split)
+        except DataError as error:
+            raise DataError(f"{flag} {other.path}: {error.message}", hint=error.hint) from None
 
 
 def _encoder(named: str | None, device: torch.device, seed: int) -> Independent | None:

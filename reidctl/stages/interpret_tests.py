@@ -21,6 +21,7 @@ from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.errors import DataError, UsageError
 from reidctl.explain import alignment, binding, concentration, counterfactual, curves, sanity
 from reidctl.explain.controls import Plan, pick_donors
+from reidctl.explain.fills import PLUGIN, plugin_digest
 from reidctl.explain.grounding import PartNames, pooled_cells, score_explanations, true_mask
 from reidctl.explain.maps import Phrase, explain_phrases, named_rows
 from reidctl.explain.masking import Judge, Pairs, Study
@@ -44,6 +45,10 @@ PARAMETERS: Mapping[str, object] = {
     "alignment_window": list(alignment.WINDOW),
     "alignment_draws": _CROPS,
     "sanity_phrases": _SANITY,
+    "pointing_tolerance": 0,
+    "top_mass_share": 0.1,
+    "caption_map_temperature": 0.05,
+    "bootstrap_resamples": 1000,
 }
 """What decides numbers and is no flag; kept in the stage's record."""
 
@@ -193,9 +198,17 @@ def masking(material: Material) -> pd.DataFrame:
         study = study_of(material, model)
         total = counterfactual.count_images(study)
         with progress(f"mask{_named(model)}", total, unit="images") as advance:
-            frames.append(counterfactual.measure(study, folder=material.folder, key=model.digest, advance=advance))
+            frames.append(
+                counterfactual.measure(study, folder=material.folder, key=_key(material, model), advance=advance)
+            )
     material.frames["faithfulness"] = pd.concat(frames, ignore_index=True)
     return counterfactual.summarise(material.frames["faithfulness"], seed=material.seed)
+
+
+def _key(material: Material, model: Model) -> str:
+    """What masked pictures depend on beside maps and plan: the weights, and the code of plug-in fills."""
+    fills = [plugin_digest(name) for name in material.plan.fills if name.startswith(PLUGIN)]
+    return " ".join([model.digest, *fills])
 
 
 def _named(model: Model) -> str:
@@ -208,7 +221,7 @@ def curve_areas(material: Material) -> pd.DataFrame:
     fill = next((name for name in material.plan.fills if name in curves.SUBSTRATES), "mean")
     with progress("delete and insert", curves.count_curve_images(study), unit="images") as advance:
         frame = curves.measure_curves(
-            study, steps=_STEPS, fill=fill, folder=material.folder, key=material.model.digest, advance=advance
+            study, steps=_STEPS, fill=fill, folder=material.folder, key=_key(material, material.model), advance=advance
         )
     return curves.summarise_curves(frame, seed=material.seed)
 
@@ -229,7 +242,7 @@ def specificity(material: Material) -> pd.DataFrame:
     fills = tuple(name for name in material.plan.fills if name != "swap")
     if not fills:
         raise NotApplicable("the fill `swap` shows another person, who has phrases of their own")
-    plan = replace(material.plan, fills=fills, scope="target")
+    plan = replace(material.plan, fills=fills, controls=("random", "phrase"), scope="target")
     with progress("specificity", len(captions), unit="captions") as advance:
         frame = counterfactual.measure_specificity(score, judge, captions, plan, grid=material.grid, advance=advance)
     return counterfactual.summarise_specificity(frame, seed=material.seed)

@@ -96,7 +96,7 @@ def find_subject(
             f"`--query {query}` would look for those very texts.",
             hint="Use --query caption.",
         )
-    notes = (*_check_seen(run, source, corpus, split), *_other_data(run, source))
+    notes = (*check_unseen(run, source, corpus, split), *_other_data(run, source))
     texts = query_texts(corpus, query)
     if len(texts) and "full" not in method.train_texts:
         notes = (*notes, f"`{method.name}` read no captions in training: text to image is what its start could do.")
@@ -282,7 +282,7 @@ def query_texts(corpus: Corpus, kind: str) -> pd.DataFrame:
     )
 
 
-def _check_seen(run: Run, source: Source, corpus: Corpus, split: str) -> list[str]:
+def check_unseen(run: Run, source: Source, corpus: Corpus, split: str) -> list[str]:
     """Refuse people and image files that the model was trained on; return notes about what the result is not.
 
     Raises:

@@ -404,6 +404,9 @@ def _interpret(unit: Unit, measures: Measures, seed: int) -> Values:
     asked = measures.interpret
     assert asked is not None
     method = method_class(str(unit.run.require("finetune")["method"]))
+    explainers = [name for name in asked.explainers if name == "all" or applies(name, method)]
+    if not explainers:
+        return {}  # a method that has none of them; the default would be another one
     encoder = asked.encoder
     if encoder in ("start", "other-start"):
         encoder = _judging(unit, other=encoder == "other-start")
@@ -411,7 +414,7 @@ def _interpret(unit: Unit, measures: Measures, seed: int) -> Values:
     record = interpret.run(
         unit.run,
         samples=asked.samples,
-        explainer=[name for name in asked.explainers if name == "all" or applies(name, method)],
+        explainer=explainers,
         what=asked.what,
         lenient=True,
         fractions=asked.fractions,
