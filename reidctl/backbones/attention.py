@@ -59,10 +59,16 @@ def attend_alike(
     """As `attend`, but the rows behind the first `classes` compare keys with keys, or values with values."""
     other = key if alike == "key" else value
     upper, lower = (None, None) if mask is None else (mask[..., :classes, :], mask[..., classes:, :])
-    first, seen = attend(query[:, :, :classes], key, value, mask=upper, attention=attention, dropout=dropout)
-    rest, looks = attend(other[:, :, classes:], other, value, mask=lower, attention=attention, dropout=dropout)
-    shown = None if seen is None or looks is None else torch.cat([seen, looks], dim=2)
-    return torch.cat([first, rest], dim=1), shown
+    if attention:
+        looks = [
+            _probabilities(query[:, :, :classes], key, upper),
+            _probabilities(other[:, :, classes:], other, lower),
+        ]
+        # Joined before they are used, so that the output can be differentiated by them.
+        return _weigh(torch.cat(looks, dim=2), value, dropout)
+    first, _ = attend(query[:, :, :classes], key, value, mask=upper, dropout=dropout)
+    rest, _ = attend(other[:, :, classes:], other, value, mask=lower, dropout=dropout)
+    return torch.cat([first, rest], dim=1), None
 
 
 def attend(
@@ -94,12 +100,20 @@ def attend(
     if not attention:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return out.transpose(1, 2).flatten(2), None
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # (B, heads, T, T)
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return _weigh(_probabilities(query, key, mask), value, dropout)
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # (B, heads, T, T)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    probabilities = scores.softmax(dim=-1)
+    probabilities: Tensor = scores.softmax(dim=-1)
+    return probabilities
+
+
+def _weigh(probabilities: Tensor, value: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
     kept = F.dropout(probabilities, dropout) if dropout else probabilities
     return (kept @ value).transpose(1, 2).flatten(2), probabilities
 

@@ -63,8 +63,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="FILL",
-            help="What is put there (repeatable): mean, zero, blur, noise, drop, swap, plugin:PACKAGE.MODULE:FUNCTION. "
-            "Default: mean.",
+            help="What is put there, with commas or repeated: mean, zero, blur, noise, drop, swap, "
+            "plugin:PACKAGE.MODULE:FUNCTION. Default: mean.",
         ),
     ] = None,
     control: Annotated[
@@ -120,7 +120,7 @@ def command(
         image=image,
         split=split,
         fractions=_fractions(removed),
-        fills=fill or ("mean",),
+        fills=[name.strip() for text in fill or ("mean",) for name in text.split(",")],
         controls=control or (),
         draws=draws,
         scope=scope,
@@ -137,7 +137,7 @@ def command(
         seed=seed or 0,
         force=force,
     )
-    lines = [] if json_ else [*_lines(run, record.get("explainers", [])), *record["notes"]]
+    lines = [] if json_ else [*_lines(run, record.get("explainers", [])), *record["notes"], *record.get("cautions", [])]
     emit(record, run=run, as_json=json_, lines=lines)
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from reidctl.config import SECTIONS, Section, merge, parse_section
 from reidctl.errors import UsageError
@@ -18,6 +25,15 @@ ANALYSES = (
     *("probes", "dependence", "clones", "compactness", "tsne", "gates", "efficiency", "architecture"),
     *("attention", "cam", "pseudo", "words", "alarms"),
 )
+
+
+# Named here because a study is read before the modules that know them are loaded; a test holds them together.
+EXPLAINERS = ("ppim", "patch", "cls", "rollout", "chefer", "gradcam", "slots", "centre", "random")
+MAP_TESTS = (
+    *("grounding", "concentration", "masking", "curves", "specificity"),
+    *("alignment", "sanity", "stability", "binding"),
+)
+CONTROLS = ("random", "block", "centre", "least", "phrase", "query", "shifted", "pooled")
 
 
 class Explained(Section):
@@ -41,6 +57,24 @@ class Explained(Section):
     controls: tuple[str, ...] = ()
     level: Literal["caption", "phrase"] = "caption"
     encoder: str | None = None
+
+    @field_validator("explainers", "what", "controls")
+    @classmethod
+    def _known(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known = {"explainers": ("all", *EXPLAINERS), "what": ("all", *MAP_TESTS), "controls": CONTROLS}[
+            str(info.field_name)
+        ]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is not known; one of: {', '.join(known)}")
+        return names
+
+    @field_validator("fractions")
+    @classmethod
+    def _shares(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values or not all(0 < value <= 1 for value in values):
+            raise ValueError("shares to remove lie above 0 and at most at 1")
+        return values
 
 
 class Measures(Section):

@@ -127,7 +127,8 @@ def summarise_scores(
     """Return per-phrase scores as rows of the `interpretability` table, with 95 % intervals over people.
 
     For every explainer and metric: the mean, the mean of each control, and the mean of metric - control over the rows
-    that have both. Rows where a value is NaN are left out of its mean; `items` counts the others.
+    that have both. Rows where a value is NaN are left out of its mean; `items` counts the others. What no row has is
+    left out whole.
 
     Args:
         scores: columns image_id, explainer, and for every metric `<metric>` and `<metric>.<control>`.
@@ -142,8 +143,10 @@ def summarise_scores(
         for metric, controls in metrics.items():
             fixed = {"explainer": str(explainer), "judge": judge, "metric": metric, "fill": "", "removed": math.nan}
             for kind, control, values in _kinds(part, metric, controls):
-                interval = bootstrap_interval(values, person, seed=seed)
                 items = int((~np.isnan(values)).sum())
+                if not items:
+                    continue  # nothing was measured, such as the correlations of maps that are all constant
+                interval = bootstrap_interval(values, person, seed=seed)
                 rows.append({**fixed, "kind": kind, "control": control, **_numbers(interval), "items": items})
     names = list(tables.empty("interpretability").columns)
     return pd.DataFrame(rows, columns=names) if rows else tables.empty("interpretability")

@@ -155,9 +155,9 @@ def _plug(plugin: Plugin, name: str, pictures: Pictures, rows: Tensor, removed: 
     before = pictures.pixels[rows.cpu().numpy()]
     try:
         made = plugin(before.copy(), mask.cpu().numpy())
-    except Exception as error:  # whatever the user's function does
+    except (Exception, SystemExit) as error:  # whatever the user's function does
         raise UsageError(
-            f"The fill `{name}` failed: {type(error).__name__}: {error}.",
+            f"The fill `{name}` failed: {type(error).__name__}: {' '.join(str(error).split())}.",
             hint="It is called with pictures uint8 (B, H, W, 3) and masks bool (B, H, W).",
         ) from error
     if not isinstance(made, np.ndarray) or made.dtype != np.uint8 or made.shape != before.shape:
@@ -195,9 +195,9 @@ def load_plugin(name: str) -> Plugin:
         raise UsageError(f"`{name}` names no function.", hint="Write plugin:PACKAGE.MODULE:FUNCTION.")
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UsageError(
-            f"The module `{module}` of the fill `{name}` cannot be imported ({error}).",
+            f"The module `{module}` of the fill `{name}` cannot be imported ({' '.join(str(error).split())}).",
             hint="Install it, or set PYTHONPATH to the folder that holds it.",
         ) from None
     if not callable(found):

@@ -150,8 +150,8 @@ def score_explanations(
 
     Columns: query_id, image_id, person_id, phrase, area (share of the picture), and for each of `SCORES`
     `<score>`, `<score>.random` (expectation for a uniformly random order of pixels), `<score>.centre` (the prior
-    that people are in the middle) and `<score>.pooled` (the true mask averaged over the model's own patches: roughly
-    what its resolution allows).
+    that people are in the middle, over the model's own patches) and `<score>.pooled` (the true mask averaged over
+    these patches: roughly what its resolution allows).
 
     Args:
         explanations: rows of the `explanations` table.
@@ -182,7 +182,7 @@ def _scores(grid: Heat, mask: Mask) -> dict[str, float]:
     maps = {
         "": upsample(grid, size),
         ".random": np.ones(size, np.float32),
-        ".centre": centre_map(size),
+        ".centre": upsample(centre_map((grid.shape[0], grid.shape[1])), size),
         ".pooled": pooled_map(mask, (grid.shape[0], grid.shape[1])),
     }
     return {f"{name}{kind}": score(heat, mask) for name, score in SCORES.items() for kind, heat in maps.items()}

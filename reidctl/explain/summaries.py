@@ -53,6 +53,7 @@ def _compare(wide: pd.DataFrame, seed: int) -> list[dict[str, object]]:
     return [
         {"kind": kind, "control": control, "value": value, "low": low, "high": high, "items": count}
         for (kind, control), (value, low, high), count in zip(kinds, found.tolist(), items, strict=True)
+        if count
     ]
 
 

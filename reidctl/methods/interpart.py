@@ -20,10 +20,12 @@ from reidctl.backbones.attention import Alike, Local, distance_bias
 from reidctl.backbones.base import Backbone, ImageFeatures, TextFeatures
 from reidctl.batch import Batch, PhraseSets
 from reidctl.config import Section
+from reidctl.errors import UsageError
 from reidctl.layers.matching import Encoded
 from reidctl.layers.ppim import Ppim, PpimConfig, PpimOutput, set_mean
 from reidctl.methods.base import Method, MethodConfig, unit
 
+_BIASED = 3
 _STEEP = 20.0
 """Scores of pairs are multiplied by it, so that what rounds and clips log-odds neither ties nor cuts cosines."""
 
@@ -56,8 +58,8 @@ class BiasConfig(Section):
 
     sigma: Annotated[float, Field(gt=0)] = 0.25
     """Standard deviation of the Gaussian in picture heights."""
-    blocks: Annotated[int, Field(ge=1)] = 3
-    """In how many of the last blocks."""
+    blocks: Annotated[int, Field(ge=1)] = _BIASED
+    """In how many of the last blocks; three are all of a tower with fewer."""
 
 
 class InterpartConfig(MethodConfig):
@@ -123,6 +125,12 @@ class Interpart(Method):
         self.ppim = Ppim(config.ppim, backbone.dim)
         self._said: dict[str, float] = {}
         if config.attn_constraint == "bias":
+            count = len(backbone.image.blocks)
+            if config.bias.blocks > max(count, _BIASED):
+                raise UsageError(
+                    f"`method.bias.blocks` is {config.bias.blocks}; the image encoder has {count} blocks.",
+                    hint=f"Give a number from 1 to {count}.",
+                )
             self.register_buffer("distance", distance_bias(backbone.grid, config.bias.sigma), persistent=False)
 
     def active(self, loss: str) -> bool:

@@ -92,11 +92,13 @@ def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_headline(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows without a removed share, and of each other metric those next to `HEADLINE`."""
-    apart = (frame["removed"] - HEADLINE).abs()
-    # float32 shares: equal distances differ in the last digits.
-    nearest = apart.groupby(frame["metric"].astype(str)).transform("min")
-    return frame[frame["removed"].isna() | (apart <= nearest + 1e-6)]
+    """Return the rows without a removed share, and of the others those next to `HEADLINE`, the smaller of two."""
+    shares = sorted({round(float(share), 6) for share in frame["removed"].dropna()})
+    if not shares:
+        return frame
+    # Rounded: shares are float32, and equal distances would differ in the last digits.
+    chosen = min(shares, key=lambda share: (round(abs(share - HEADLINE), 6), share))
+    return frame[frame["removed"].isna() | ((frame["removed"] - chosen).abs() < 1e-5)]
 
 
 def verdict(low: float | None, high: float | None, better: int, other: str) -> str:
@@ -272,7 +274,7 @@ def limits(parts: object) -> str:
 
 
 def sentences(frame: pd.DataFrame) -> list[str]:
-    """Return what re-drawn weights, exchanged phrases, other models and exchanged colours say, in words.
+    """Return what shuffled weights, exchanged phrases, other models and exchanged colours say, in words.
 
     Args:
         frame: rows of the table `interpretability`.
@@ -289,7 +291,7 @@ def sentences(frame: pd.DataFrame) -> list[str]:
 
 _CORRELATED = {
     "sanity.weights": (
-        "Rank correlation of the maps with those of the same model with its weights re-drawn",
+        "Rank correlation of the maps with those of the same model with its weights shuffled",
         "Near 0 is right: a map that stays does not show what was learnt.",
     ),
     "sanity.phrases": (
@@ -298,7 +300,7 @@ _CORRELATED = {
     ),
     "stability": (
         "Rank correlation of the maps with those of another model",
-        "High is right: the maps do not depend on one training.",
+        "High is right: the maps do not depend on one training (`centre` and `random` cannot but agree).",
     ),
 }
 

@@ -1,5 +1,6 @@
 """`interpret`: where phrases are seen, by any explainer of any method, and whether the maps survive being tested."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -48,6 +49,8 @@ from reidctl.stages.sources import Source, find_source
 
 STAGE = "interpret"
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
+_ENOUGH = 30
+"""People from which on a bootstrap over people is not too narrow; `evaluate` warns below it too."""
 _LOOSE = "loose"
 """The person of a picture that belongs to no dataset."""
 
@@ -142,6 +145,7 @@ def run(
     chosen = _explainers(names, mine.method)
     others = _judges(judges, target)
     independent = _encoder(encoder, target, seed)
+    _check_others(mine, others, independent, asked_tests if strict else (), masks=parts or source.parts)
     inputs = {**source.digests(), "model": mine.digest, **{f"judge {m.name}": m.digest for m in others}}
     if independent is not None and independent.digest:
         inputs["encoder"] = independent.digest
@@ -189,17 +193,19 @@ def run(
     )  # fmt: skip
     rows, notes = run_tests(material, asked_tests, strict=strict)
     gates = collect_gates(mine.method, corpus, device=target, seed=seed)
+    aside = folder / "new"
+    shutil.rmtree(aside, ignore_errors=True)
+    made = [aside / "explanations.parquet"]
+    tables.write_table(made[0], "explanations", _joined(maps))
+    made += _write(aside, rows, material.frames)
+    made += _draw(aside / "pictures", maps[chosen[0]], corpus, true_parts, names_of, pictures)
+    made += write_gates(aside, gates[0], gates[1])
     # Only now, when nothing can be refused any more, does an older result go.
     run.unfinish(STAGE)
     _clear(folder)
-    outputs = [folder / "explanations.parquet"]
-    tables.write_table(outputs[0], "explanations", _joined(maps))
-    outputs += _write(folder, rows, material.frames)
-    outputs += _draw(folder / "pictures", maps[chosen[0]], corpus, true_parts, names_of, pictures)
-    outputs += write_gates(folder, gates[0], gates[1])
+    outputs = [_moved(path, aside, folder) for path in made]
+    shutil.rmtree(aside, ignore_errors=True)
     _forget(folder / "parts")
-    for note in notes:
-        log.info(note)
     grounded = material.frames.get("grounding")
     record = run.finish(
         STAGE,
@@ -216,6 +222,8 @@ def run(
             "gates": gate_summary(gates[1]),
             "pictures": min(pictures, len(picked)),
             "parts": None if masks is None else "user-supplied" if parts is not None else "true",
+            "file": _file_of(corpus),
+            "cautions": _few(material, rows),
             "notes": notes,
             "data": str(source.folder.resolve()),
         },
@@ -269,8 +277,8 @@ def _plan(
     for fill in fills:
         check_fill(fill)
     return Plan(
-        fractions=tuple(fractions),
-        fills=tuple(fills),
+        fractions=tuple(dict.fromkeys(fractions)),
+        fills=tuple(dict.fromkeys(fills)),
         controls=tuple(controls),
         draws=draws,
         scope="target" if scope == "target" else "all_positives",
@@ -309,6 +317,30 @@ def _judges(runs: Sequence[Run], device: torch.device) -> list[Model]:
         alike = sum(other.method.name == model.method.name and other.name.startswith(model.name) for other in found)
         found.append(replace(model, name=f"{model.name} ({alike + 1})") if alike else model)
     return found
+
+
+def _check_others(
+    mine: Model, others: Sequence[Model], encoder: Independent | None, asked: Sequence[str], *, masks: Path
+) -> None:
+    """Refuse judges that are the explained model, and tests that lack whom or what they need, before anything is done.
+
+    Raises:
+        UsageError: a model would judge itself, or one judge is named twice.
+        DataError: a test was asked for by name that cannot apply.
+    """
+    digests = [model.digest for model in others]
+    if mine.digest in digests or (encoder is not None and encoder.digest == mine.digest):
+        raise UsageError("The explained model would judge itself.", hint="Name another run.")
+    if len(set(digests)) < len(digests):
+        raise UsageError("Two of the judges are the same model.", hint="Name each run once.")
+    lacking = {
+        "alignment": encoder is None and "no independent encoder was named (--encoder RUN or --encoder SPEC)",
+        "stability": not others and "no other model was named (--judge RUN)",
+        "grounding": not masks.exists() and "there are no part masks; give parsing masks with --parts",
+    }
+    for name, why in lacking.items():
+        if why and name in asked:
+            raise DataError(f"`--what {name}` does not apply: {why}.")
 
 
 def _check_judges(judges: Sequence[Run], encoder: str | None, source: Source, corpus: Corpus, split: str) -> None:
@@ -378,6 +410,20 @@ def _corpus(source: Source, split: str, image: str | None) -> Corpus:
             f"`{image}` is no image of the {split} split and no file.", hint="Give an image id, or a path to a picture."
         )
     return _of_file(corpus, path)
+
+
+def _few(material: Material, rows: pd.DataFrame) -> list[str]:
+    """A warning where intervals over people say little."""
+    people = len({material.person_of[phrase.image_id] for phrase in material.phrases})
+    if people >= _ENOUGH or not len(rows):
+        return []
+    return [f"Fewer than {_ENOUGH} people: {people}. Intervals, stars and verdicts over so few are too sure."]
+
+
+def _file_of(corpus: Corpus) -> str | None:
+    """The file of a picture that belongs to no dataset."""
+    loose = len(corpus.images) == 1 and corpus.images["dataset"].iloc[0] == _LOOSE
+    return str(corpus.images["path"].iloc[0]) if loose else None
 
 
 def _of_file(corpus: Corpus, path: Path) -> Corpus:
@@ -504,10 +550,18 @@ def _clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _moved(path: Path, aside: Path, folder: Path) -> Path:
+    """Move a finished file from `aside` to its place in `folder`; return the place."""
+    place = folder / path.relative_to(aside)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(place)
+    return place
+
+
 def _forget(folder: Path) -> None:
     """Remove the parts of long measurements; they are in the tables now."""
     for path in folder.glob("part-*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -359,7 +359,9 @@ def stable(material: Material) -> pd.DataFrame:
 
 def bound(material: Material) -> pd.DataFrame:
     """How often a caption beats itself with the colours of two garments exchanged, and captions of others."""
-    wholes = [material.phrases[row] for row in material.rows(whole=True).tolist()]
+    wholes = _described(material)
+    if not wholes:
+        raise NotApplicable("no caption of the split was explained on an image of its person")
     members: dict[tuple[str, str], list[PartPhrase]] = {}
     for row in material.rows(whole=False).tolist():
         phrase = material.phrases[row]
@@ -382,6 +384,13 @@ def bound(material: Material) -> pd.DataFrame:
         frame, swapped, images, lambda texts: embed_queries(method, list(texts), device=device)
     )
     return binding.summarise_binding(scores, seed=material.seed)
+
+
+def _described(material: Material) -> list[Phrase]:
+    """The explained captions that are true of their image, each once."""
+    rows = _asked_for(replace(material, level="caption"))
+    first = {material.phrases[row].query_id: material.phrases[row] for row in reversed(rows.tolist())}
+    return [first[name] for name in reversed(first)]
 
 
 def _part_phrase(material: Material, phrase: Phrase) -> PartPhrase:

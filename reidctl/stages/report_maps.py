@@ -1,8 +1,11 @@
 """Sections of the report with pictures: ranked lists, maps of phrases, and how far the maps can be trusted."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from reidctl.errors import DataError
 from reidctl.explain.maps import USER_QUERY, grid_map
@@ -79,8 +82,8 @@ def maps(material: Material) -> Section:
     shown = pairs[:EXPLAINED]
     many = f"Explainers: {', '.join(explainers)}." if len(explainers) > 1 else f"Explainer: {explainers[0]}."
     rule = (
-        f"{many} The first {len(shown)} of {len(pairs)} captions that were drawn at random, each on its own image. "
-        "Every map is scaled to its own maximum: brightness compares places in one map, never two maps."
+        f"{many} {_drawn(record, len(shown), len(pairs))} Every map is scaled to its own maximum: brightness compares "
+        "places in one map, never two maps. A map without any relevance is grey."
     )
     # The table of explainers holds these numbers too, and more of them.
     summarised = material.table("interpret", "interpretability")["metric"].isin(faithfulness.ON_PARTS).any()
@@ -95,6 +98,20 @@ def maps(material: Material) -> Section:
         "scores_caption": f"Percent over {record.get('grounded', 0):,} phrases with a mask{mark}, 95 % intervals over "
         "people. A map beats a control when the interval of the difference is above 0.",
     }
+
+
+def _drawn(record: Mapping[str, Any], shown: int, pairs: int) -> str:
+    """What was explained, as the settings say."""
+    asked = dict(dict(record.get("settings") or {}).get("interpret") or {})
+    first = f"The first {shown} of {pairs}" if shown < pairs else f"All {pairs}"
+    if asked.get("phrase") or asked.get("query"):
+        where = "on the image that was named" if asked.get("image") else "on images that were drawn at random"
+        own = "" if asked.get("image") or asked.get("phrase") else ", a caption of the data on its own image"
+        return f"{first}: words that were given, {where}{own}."
+    if asked.get("image"):
+        return f"{first} captions of the image that was named."
+    own = "with all images of its person" if asked.get("scope") == "all_positives" else "each on its own image"
+    return f"{first} captions that were drawn at random, {own}."
 
 
 def _explained(material: Material, rows: pd.DataFrame, query: str, image: str) -> dict[str, Any]:
@@ -136,12 +153,28 @@ def _overlay(material: Material, row: Any) -> html.Embedded | None:
     path = material.path(row.image_id)
     if path is None:
         return None
-    shape = material.row_of[row.image_id]
-    size = (_MAP_SIZE[0], max(1, round(_MAP_SIZE[0] * shape.width / max(shape.height, 1))))
     try:
+        width, height = _size(material, row.image_id, path)
+        size = (_MAP_SIZE[0], max(1, round(_MAP_SIZE[0] * width / max(height, 1))))
         return html.embed_pixels(overlay(read_pixels(path, size), grid_map(row)))
     except DataError:
         return None
+
+
+def _size(material: Material, image_id: str, path: Path) -> tuple[int, int]:
+    """Width and height of an image, from the data or from its file.
+
+    Raises:
+        DataError: it belongs to no dataset and cannot be read.
+    """
+    row = material.row_of.get(image_id)
+    if row is not None:
+        return int(row.width), int(row.height)
+    try:
+        with Image.open(path) as opened:
+            return opened.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}).") from None
 
 
 def faith(material: Material) -> Section:
@@ -162,7 +195,7 @@ def faith(material: Material) -> Section:
         "fills": [_fill(material, frame[frame["fill"] == name], name, place) for place, name in enumerate(fills)],
         "terms": faithfulness.terms(frame),
         "sentences": faithfulness.sentences(frame),
-        "notes": beside.unique([*encoder, *record.get("notes", [])]),
+        "notes": beside.unique([*encoder, *record.get("cautions", []), *record.get("notes", [])]),
     }
 
 

@@ -124,7 +124,11 @@ class Material:
     def path(self, image_id: str) -> Path | None:
         """Return an image's file."""
         row = self.row_of.get(image_id)
-        return self.source.folder / row.path if row is not None and self.source is not None else None
+        if row is not None and self.source is not None:
+            return Path(self.source.folder / row.path)
+        # A picture that belongs to no dataset, explained by its file.
+        file = self.records.get("interpret", {}).get("file")
+        return Path(file) if file and Path(file).name == image_id else None
 
     def picture(self, image_id: str, *, small: bool = False) -> html.Embedded | None:
         """Return a picture for the page; None if it cannot be read."""

@@ -314,3 +314,15 @@ def test_numbers_that_are_added_to_logits_are_those_of_the_fused_kernel():
     torch.testing.assert_close(fused, shown)
     plain = (query @ key.transpose(-2, -1)) / math.sqrt(query.shape[-1])
     torch.testing.assert_close(shares, (plain + bias).softmax(dim=-1))
+
+
+@pytest.mark.covers(178, 181)
+@pytest.mark.parametrize("alike", ["key", "value"])
+def test_a_recording_can_be_differentiated_by_where_patches_compare_keys_with_keys(backbone, images, alike):
+    local = Local(alike=alike)
+    plain = backbone.encode_image(images, local=local).cls[:, 0]
+    with recording(backbone.image, -1) as seen:
+        shown = backbone.encode_image(images, local=local)
+    torch.testing.assert_close(shown.cls[:, 0], plain, atol=1e-5, rtol=1e-4)
+    (grad,) = torch.autograd.grad(shown.cls[:, 0].square().sum(), seen)
+    assert grad[:, :, 0].abs().max() > 0  # the class token's row

@@ -138,7 +138,7 @@ REFUSED = [
     (2, "gradcam", ("--explainer", "magic")),
     (2, "binding", ("--what", "magic")),
     (2, "shifted", ("--control", "magic")),
-    (2, "swap", ("--fill", "mean,zero")),
+    (2, "swap", ("--fill", "mean,glitter")),
     (2, "all_positives", ("--scope", "magic")),
     (2, "caption, phrase", ("--level", "magic")),
     (2, "weighted", ("--aggregate", "magic")),

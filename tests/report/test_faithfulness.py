@@ -157,3 +157,10 @@ def test_rows_of_sentences_and_of_masking_are_not_among_the_plain_ones():
 def test_a_metric_that_the_page_does_not_know_is_shown_without_a_verdict():
     grids = f.metric_grids(pd.DataFrame(triple("ppim", "new", 0.5, 0.1)), caption="c")
     assert grids[0].columns == ("new",) and grids[0].lines[0].entries[0].below[-1] == "differs from random"
+
+
+def test_of_two_shares_that_are_equally_near_the_smaller_is_shown():
+    rows = [
+        r for share in (0.1, 0.3) for r in triple("a", "mAP_drop", share, 0.0, fill="mean", removed=np.float32(share))
+    ]
+    assert set(f.at_headline(pd.DataFrame(rows))["removed"].round(3)) == {np.float32(0.1)}

@@ -460,7 +460,7 @@ REFUSED = {
     "masking of a phrase": ({"what": ["masking"], "phrase": "hat"}, DataError, "no caption of the split"),
     "masking of a stranger": ({"what": ["masking"], "query": "p0s0-c", "image": "p2s0"}, DataError, "no caption"),
     "sanity of one phrase": ({"what": ["sanity"], "phrase": "hat"}, DataError, "cannot be exchanged"),
-    "binding of one phrase": ({"what": ["binding"], "phrase": "hat"}, DataError, "two garments"),
+    "binding of one phrase": ({"what": ["binding"], "phrase": "hat"}, DataError, "caption of the split"),
     "specificity of one phrase": ({"what": ["specificity"], "phrase": "hat"}, DataError, "two phrases"),
     "specificity by swaps": ({"what": ["specificity"], "fills": ("swap",)}, DataError, "swap"),
     "grounding of nothing": ({"what": ["grounding"], "phrase": "sky"}, DataError, "names a part"),
@@ -511,3 +511,18 @@ def test_people_that_the_model_was_trained_on_are_not_masked(finished, clip):
 def test_no_model_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="finetune"):
         interpret.run(Run(tmp_path), device="cpu")
+
+
+def test_the_report_shows_a_picture_that_belongs_to_no_dataset_and_says_what_was_asked(tmp_path):
+    run, _ = make_trained(tmp_path / "r", "clip", False)
+    file = tmp_path / "street.png"
+    Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(file)
+    record = interpret.run(run, explainer="patch,centre", phrase="green hat", image=str(file))
+    assert record["file"] == str(file)
+    report.run(run)
+    page = (run.stage_dir("report") / "report.html").read_text(encoding="utf-8")
+    shown = page[page.index('id="maps"') :]
+    assert (
+        "words that were given, on the image that was named" in page and "drawn at random, each on its own" not in page
+    )
+    assert shown.count("data:image") >= 3 and "unreadable" not in shown[: shown.index("</section>")]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -464,19 +465,34 @@ def test_maps_of_one_model_are_judged_by_others_in_one_matrix(clip, judges, fill
 
 
 @pytest.mark.covers(190)
+def make_twin(run, of):
+    """A run with a model of the same weights in a file of its own: a model may not judge itself."""
+    make_model(run, data=of.stage_dir("data"))
+    path = run.stage_dir("finetune") / "model.safetensors"
+    save_file(load_file(path), path, metadata={"made": "again"})
+    return run
+
+
 def test_a_judge_of_the_same_weights_says_what_the_model_itself_says(clip, tmp_path):
-    twin = Run(tmp_path / "twin")
-    make_model(twin, data=clip.stage_dir("data"))
+    twin = make_twin(Run(tmp_path / "twin"), clip)
     interpret.run(clip, **MASK, controls=["random"], judges=[twin])
     frame = table_of(clip, "faithfulness")
     mine, other = (frame[frame["judge"] == name].drop(columns="judge") for name in ("", "clip twin"))
     pd.testing.assert_frame_equal(mine.reset_index(drop=True), other.reset_index(drop=True))
 
 
+def test_nobody_judges_themselves_and_nobody_twice(clip, judges):
+    for asked in ({"judges": [clip]}, {"encoder": str(clip.path), "what": ["alignment"]}):
+        with pytest.raises(UsageError, match="judge itself"):
+            interpret.run(clip, **MASK | {"controls": ["random"]} | asked)
+    with pytest.raises(UsageError, match="same model"):
+        interpret.run(clip, **MASK | {"controls": ["random"]}, judges=[judges[0], judges[0]])
+
+
 @pytest.mark.parametrize("flag", ["judge", "encoder"])
 def test_a_judge_that_was_trained_on_the_people_it_judges_is_none(clip, tmp_path, flag):
     other = Run(tmp_path / "knows them")
-    make_model(other, data=clip.stage_dir("data"))
+    make_model(other, data=clip.stage_dir("data"), seed=5)
     images = tables.read_table(clip.table("data", "images"), "images")
     seen = pd.DataFrame({"kind": ["image"], "digest": [images["sha256"].iloc[0]]})
     tables.write_table(other.table("finetune", "seen"), "seen", seen)
@@ -510,8 +526,7 @@ def test_an_encoder_that_reads_a_text_beside_the_picture_is_no_judge_of_crops(cl
 
 @pytest.mark.covers(195)
 def test_stability_is_1_with_a_twin_and_lower_with_another_seed(clip, judges, tmp_path):
-    twin = Run(tmp_path / "twin")
-    make_model(twin, data=clip.stage_dir("data"))
+    twin = make_twin(Run(tmp_path / "twin"), clip)
     asked = FAST | {"explainer": "patch", "what": ["stability"], "samples": 8}
     interpret.run(clip, **asked, judges=[twin, judges[0], judges[1]])
     rows = table_of(clip, "interpretability").set_index("judge")
@@ -583,3 +598,32 @@ def test_nothing_that_other_stages_left_is_touched(tmp_path):
 
 def test_the_cells_of_the_planted_world_are_those_of_the_pictures():
     assert (GRID[0] * CELL, GRID[1] * CELL) == SIZE
+
+
+def test_binding_counts_captions_that_describe_their_picture_and_each_once(clip):
+    images = tables.read_table(clip.table("data", "images"), "images")
+    person = images["person_id"].iloc[0]
+    with pytest.raises(DataError, match="on an image of its person"):
+        interpret.run(clip, samples=4, explainer="patch", what=["binding"], query="a red shirt and black trousers")
+    mine = images[images["person_id"] == person]["image_id"].tolist()
+    assert len(mine) > 1
+    record = interpret.run(clip, samples=50, explainer="patch", what=["binding"], scope="all_positives")
+    again = interpret.run(clip, samples=50, explainer="patch", what=["binding"])
+    rows = table_of(clip, "interpretability")
+    assert record["metrics"]["binding.swap"] == again["metrics"]["binding.swap"]
+    assert rows["items"].max() <= len(
+        tables.read_table(clip.table("data", "captions"), "captions").query("kind == 'full'")
+    )
+
+
+def test_what_nothing_was_measured_of_has_no_row_and_the_old_result_stays_until_the_new_is_whole(clip, monkeypatch):
+    name = tables.read_table(clip.table("data", "captions"), "captions").query("kind == 'full'")["caption_id"].iloc[0]
+    interpret.run(clip, explainer="patch", what=["concentration", "binding"], query=name)
+    rows = table_of(clip, "interpretability")
+    assert not rows["value"].isna().any() and "binding.random" not in set(rows["metric"])  # nobody else was explained
+    before = (clip.stage_dir("interpret") / "stage.json").read_bytes()
+    monkeypatch.setattr(interpret, "_draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        interpret.run(clip, explainer="patch", samples=2)
+    assert (clip.stage_dir("interpret") / "stage.json").read_bytes() == before
+    pd.testing.assert_frame_equal(table_of(clip, "interpretability"), rows)

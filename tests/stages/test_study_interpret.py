@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from reidctl import tables
 from reidctl.errors import UsageError
+from reidctl.evaluation import study as studies
 from reidctl.evaluation.study import Explained, Measures, load_study
+from reidctl.explain.controls import CONTROLS
+from reidctl.explain.explainers import EXPLAINERS
 from reidctl.runs import Run
 from reidctl.stages import interpret, study, study_unit
+from reidctl.stages.interpret_tests import TESTS
 from reidctl.stages.study_unit import Unit, measure
 
 PEOPLE = {"people": 12, "images_per_person": 2, "train_fraction": 0.5, "val_fraction": 0.25, "size": [64, 32]}
@@ -69,8 +74,20 @@ def test_an_explainer_that_a_method_lacks_is_left_out(plain):
     assert "maps.centre.iou" in values and not any(name.startswith("maps.ppim") for name in values)
     every = measure(unit, record, Measures(interpret=CHEAP.replace(explainers=("all",), what=("concentration",))))
     assert {"maps.gradcam.entropy", "maps.slots.entropy"} <= set(every)
-    with pytest.raises(UsageError, match="magic"):
-        measure(unit, record, Measures(interpret=CHEAP.replace(explainers=("magic",))))
+
+
+@pytest.mark.parametrize("wrong", [{"explainers": ("magic",)}, {"what": ("magic",)}, {"controls": ("magic",)}])
+def test_names_that_nobody_knows_are_refused_before_anything_is_trained(wrong):
+    with pytest.raises(ValidationError, match="magic"):
+        CHEAP.replace(**wrong)
+    with pytest.raises(ValidationError, match="above 0"):
+        CHEAP.replace(fractions=(1.5,))
+
+
+def test_a_study_knows_the_names_that_interpret_knows():
+    assert (
+        tuple(EXPLAINERS) == studies.EXPLAINERS and tuple(TESTS) == studies.MAP_TESTS and studies.CONTROLS == CONTROLS
+    )
 
 
 def test_a_measurement_is_kept_and_another_one_is_made(plain, monkeypatch):
