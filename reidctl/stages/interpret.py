@@ -1,7 +1,8 @@
 """`interpret`: where phrases are seen, by any explainer of any method, and whether the maps survive being tested."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from io import StringIO
@@ -194,17 +195,16 @@ def run(
     rows, notes = run_tests(material, asked_tests, strict=strict)
     gates = collect_gates(mine.method, corpus, device=target, seed=seed)
     aside = folder / "new"
-    shutil.rmtree(aside, ignore_errors=True)
-    made = [aside / "explanations.parquet"]
-    tables.write_table(made[0], "explanations", _joined(maps))
-    made += _write(aside, rows, material.frames)
-    made += _draw(aside / "pictures", maps[chosen[0]], corpus, true_parts, names_of, pictures)
-    made += write_gates(aside, gates[0], gates[1])
-    # Only now, when nothing can be refused any more, does an older result go.
-    run.unfinish(STAGE)
-    _clear(folder)
-    outputs = [_moved(path, aside, folder) for path in made]
-    shutil.rmtree(aside, ignore_errors=True)
+    with _emptied(aside):
+        made = [aside / "explanations.parquet"]
+        tables.write_table(made[0], "explanations", _joined(maps))
+        made += _write(aside, rows, material.frames)
+        made += _draw(aside / "pictures", maps[chosen[0]], corpus, true_parts, names_of, pictures)
+        made += write_gates(aside, gates[0], gates[1])
+        # Only now, when nothing can be refused any more, does an older result go.
+        run.unfinish(STAGE)
+        _clear(folder)
+        outputs = [_moved(path, aside, folder) for path in made]
     _forget(folder / "parts")
     grounded = material.frames.get("grounding")
     record = run.finish(
@@ -548,6 +548,16 @@ def _clear(folder: Path) -> None:
     stale = [*(folder / name for name in named), *folder.glob("gates.*"), *(folder / "pictures").glob("*.png")]
     for path in stale:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """Remove a folder of files that are not in their place yet, before and after they are made."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _moved(path: Path, aside: Path, folder: Path) -> Path:
