@@ -9,6 +9,7 @@ from methods.test_method_contract import training_batch
 
 from reidctl.backbones.weights import build
 from reidctl.config import merge
+from reidctl.evaluation import published
 from reidctl.evaluation.study import load_study
 from reidctl.methods.base import build_method
 from reidctl.stages import building
@@ -63,6 +64,22 @@ def test_the_rows_of_table_3_add_one_part_each():
     assert not made("modules", "none").config.trt.dual and made("modules", "trt").config.trt.dual
     assert active("modules", "prompts") == BASE | {"cic", "tgps", "vgps"}
     assert active("modules", "full") == BASE | {"cic", "tgps", "vgps", "cmpr"}
+
+
+@pytest.mark.covers(89)
+def test_one_class_token_is_compared_with_two_on_both_tasks_beside_the_printed_gains():
+    study = load_study(FOLDER / "hpl-modules.yaml")
+    compared = {claim.measure for claim in study.claims if claim.more == "trt" and claim.than == "none"}
+    assert compared == {"synthped-a.t2i.mAP", "synthped-b.i2i.mAP"}
+    rows = {name: study.conditions[name].printed_row("hpl") for name in ("none", "trt")}
+    printed = {
+        (name, entry.direction, entry.metric): float(entry.printed)
+        for name, row in rows.items()
+        for entry in published.find(paper="hpl", row=row)
+        if entry.table == "3"
+    }
+    gain = {key[1:]: printed[key] - printed["none", *key[1:]] for key in printed if key[0] == "trt"}
+    assert gain["t2i", "rank1"] == pytest.approx(1.05) and gain["i2i", "mAP"] == pytest.approx(2.07)
 
 
 @pytest.mark.covers(84)
