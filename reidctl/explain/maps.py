@@ -105,6 +105,8 @@ def of_captions(
         given = children.get(row["caption_id"])
         phrases = _given(row, given) if given is not None else _found(row, source)
         query, image, sentence = str(row["caption_id"]), str(row["image_id"]), str(row["text"])
+        # A caption that is its own only phrase is explained once.
+        phrases = [phrase for phrase in phrases if phrase.text != sentence]
         everything = Phrase(query, image, sentence, 0, len(sentence), sentence)
         found += ([everything] if whole or not phrases else []) + phrases
     return found

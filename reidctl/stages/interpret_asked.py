@@ -123,12 +123,13 @@ def _model(run: Run, device: torch.device) -> Model:
 
 def judges_of(runs: Sequence[Run], device: torch.device) -> list[Model]:
     """The models of other runs; those that would be called alike are numbered."""
-    found: list[Model] = []
-    for run in runs:
-        model = _model(run, device)
-        alike = sum(other.method.name == model.method.name and other.name.startswith(model.name) for other in found)
-        found.append(replace(model, name=f"{model.name} ({alike + 1})") if alike else model)
-    return found
+    models = [_model(run, device) for run in runs]
+    names = [model.name for model in models]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [
+        replace(model, name=f"{model.name} ({count + 1})") if count else model
+        for model, count in zip(models, before, strict=True)
+    ]
 
 
 def check_others(

@@ -459,7 +459,6 @@ REFUSED = {
     "alignment without an encoder": ({"what": ["alignment"]}, DataError, "--encoder"),
     "masking of a phrase": ({"what": ["masking"], "phrase": "hat"}, DataError, "no caption of the split"),
     "masking of a stranger": ({"what": ["masking"], "query": "p0s0-c", "image": "p2s0"}, DataError, "no caption"),
-    "sanity of one phrase": ({"what": ["sanity"], "phrase": "hat"}, DataError, "cannot be exchanged"),
     "binding of one phrase": ({"what": ["binding"], "phrase": "hat"}, DataError, "caption of the split"),
     "specificity of one phrase": ({"what": ["specificity"], "phrase": "hat"}, DataError, "two phrases"),
     "specificity by swaps": ({"what": ["specificity"], "fills": ("swap",)}, DataError, "swap"),
@@ -526,3 +525,17 @@ def test_the_report_shows_a_picture_that_belongs_to_no_dataset_and_says_what_was
         "words that were given, on the image that was named" in page and "drawn at random, each on its own" not in page
     )
     assert shown.count("data:image") >= 3 and "unreadable" not in shown[: shown.index("</section>")]
+
+
+def test_a_single_phrase_is_compared_by_weights_though_it_cannot_be_exchanged(tmp_path):
+    run, _ = make_trained(tmp_path / "r", "clip", False)
+    interpret.run(run, explainer="patch", samples=4, phrase="green hat", what=["sanity"])
+    rows = tables.read_table(run.table("interpret", "interpretability"), "interpretability")
+    assert set(rows["metric"]) == {"sanity.weights"}
+
+
+def test_a_caption_that_is_its_own_phrase_is_explained_once(tmp_path):
+    run, _ = make_trained(tmp_path / "r", "clip", False)
+    interpret.run(run, explainer="patch", query="red shirt", samples=2)
+    table = tables.read_table(run.table("interpret", "explanations"), "explanations")
+    assert table["phrase"].tolist() == ["red shirt", "red shirt"] and table["image_id"].nunique() == 2
