@@ -56,7 +56,11 @@ def attend_alike(
     attention: bool,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `attend`, but the rows behind the first `classes` compare keys with keys, or values with values."""
+    """As `attend`, but the rows behind the first `classes` compare keys with keys, or values with values.
+
+    Takes query, key and value (B, heads, T, head width); returns (B, T, heads * head width), and probabilities
+    (B, heads, T, T) or None.
+    """
     other = key if alike == "key" else value
     upper, lower = (None, None) if mask is None else (mask[..., :classes, :], mask[..., classes:, :])
     if attention:

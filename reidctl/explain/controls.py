@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reidctl.errors import UsageError
-from reidctl.explain.grounding import centre_map
+from reidctl.explain.explainers import centre_map
 
 Maps = npt.NDArray[np.float32]
 Chosen = npt.NDArray[np.bool_]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -194,13 +195,16 @@ def _sets(captions: Batch) -> PhraseSets:
     return captions.phrases
 
 
+def centre_map(size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Return the prior that people are in the middle: 1 at the centre, falling to 0 at the corners, shape (H, W)."""
+    y = (np.arange(size[0]) + 0.5) / size[0] * 2 - 1
+    x = (np.arange(size[1]) + 0.5) / size[1] * 2 - 1
+    return np.asarray(1 - np.hypot(y[:, None], x[None, :]) / np.sqrt(2), np.float32)
+
+
 def centre(method: Method, asked: Asked, seed: int) -> Tensor:
-    """That people are in the middle: 1 at the centre, falling to 0 at the corners."""
-    height, width = method.backbone.grid
-    y = (np.arange(height) + 0.5) / height * 2 - 1
-    x = (np.arange(width) + 0.5) / width * 2 - 1
-    prior = 1 - np.hypot(y[:, None], x[None, :]) / np.sqrt(2)
-    return torch.from_numpy(prior.astype(np.float32).ravel()).expand(len(asked.group), -1)
+    """That people are in the middle; see `centre_map`."""
+    return torch.from_numpy(centre_map(method.backbone.grid).ravel()).expand(len(asked.group), -1)
 
 
 def random(method: Method, asked: Asked, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from reidctl.explain.explainers import centre_map
 from reidctl.explain.maps import Heat, Phrase, grid_map, named_rows, upsample
 from reidctl.explain.parsing import part_of_phrase
 from reidctl.masks import decode_mask
@@ -58,13 +59,6 @@ def mask_iou(heat: Heat, mask: Mask) -> float:
 
 
 SCORES: Mapping[str, Callable[[Heat, Mask], float]] = {"pointing": pointing_game, "mass": mass_inside, "iou": mask_iou}
-
-
-def centre_map(size: tuple[int, int]) -> Heat:
-    """Return the prior that people are in the middle: 1 at the centre, falling to 0 at the corners, shape (H, W)."""
-    y = (np.arange(size[0]) + 0.5) / size[0] * 2 - 1
-    x = (np.arange(size[1]) + 0.5) / size[1] * 2 - 1
-    return np.asarray(1 - np.hypot(y[:, None], x[None, :]) / np.sqrt(2), np.float32)
 
 
 def pooled_map(mask: Mask, grid: tuple[int, int]) -> Heat:

@@ -147,6 +147,7 @@ def explain_phrases(
     device: torch.device | str = "cpu",
     seed: int = 0,
     aggregate: Aggregate = "own",
+    similarity: npt.NDArray[np.float32] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Return the `explanations` rows of phrases, in order: relevance over the patch grid and the phrase's similarity.
@@ -160,6 +161,7 @@ def explain_phrases(
         device: where to compute.
         seed: of what an explainer draws at random.
         aggregate: how whole captions are explained; see `explainers.relevance`.
+        similarity: of the phrases, shape (len(phrases),), where another explainer has made it; None: computed.
         advance: called with the number of pairs done.
 
     Raises:
@@ -174,16 +176,23 @@ def explain_phrases(
         cache_bytes=1 << 26,
         interpolation=method.backbone.interpolation,
     )
-    frames = []
+    frames, done = [], 0
     for part in _parts(phrases, batch):
         asked = ask(method, corpus, part, row_of, store, device)
         found = relevance(method, asked, explainer, seed=seed, aggregate=aggregate).cpu().numpy()  # (b, h, w)
-        with torch.no_grad():
-            similarity = (method.embed_images(asked.pairs) * method.embed_texts(asked.pairs)).sum(dim=1).cpu().numpy()
-        frames.append(_rows(part, found, similarity, explainer))
+        known = None if similarity is None else similarity[done : done + len(part)]
+        frames.append(_rows(part, found, _similarity(method, asked) if known is None else known, explainer))
+        done += len(part)
         if advance:
             advance(len(part))
     return pd.concat(frames, ignore_index=True) if frames else tables.empty("explanations")
+
+
+def _similarity(method: Method, asked: Asked) -> Heat:
+    """The cosine of each phrase with its image, shape (P,); an image is encoded once for all phrases of a caption."""
+    with torch.no_grad():
+        images = method.embed_images(asked.captions)[asked.group]
+        return np.asarray((images * method.embed_texts(asked.pairs)).sum(dim=1).float().cpu().numpy())
 
 
 def _parts(phrases: Sequence[Phrase], batch: int) -> Iterator[list[Phrase]]:

@@ -87,14 +87,3 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     """
     inside = [place for place, (low, high) in enumerate(offsets) if low < min(high, end) and start < high]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-
-def phrase_sets(
-    texts: Sequence[str],
-    source: PhraseSource,
-    tokenize: Tokenize,
-    sentence: Callable[[str], str],
-    offsets: Offsets | None = None,
-) -> PhraseSets:
-    """Return the phrases of a batch of texts; see `PhraseTable`."""
-    return PhraseTable(texts, source, tokenize, sentence, offsets).sets(texts)

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -250,12 +251,22 @@ def _explain(
     seed: int,
     aggregate: Aggregate,
 ) -> dict[str, pd.DataFrame]:
-    maps = {}
+    maps: dict[str, pd.DataFrame] = {}
+    similarity = None
     for name in chosen:
         with progress(f"explain ({name})", len(picked), unit="phrases") as advance:
             maps[name] = explain_phrases(
-                method, corpus, picked, explainer=name, device=device, seed=seed, aggregate=aggregate, advance=advance
+                method,
+                corpus,
+                picked,
+                explainer=name,
+                device=device,
+                seed=seed,
+                aggregate=aggregate,
+                similarity=similarity,
+                advance=advance,
             )
+        similarity = maps[name]["similarity"].to_numpy(np.float32)
     return maps
 
 

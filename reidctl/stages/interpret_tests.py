@@ -327,6 +327,7 @@ def _again(material: Material, method: Method, phrases: Sequence[Phrase], explai
             explainer=explainer,
             device=material.device,
             seed=material.seed,
+            similarity=np.full(len(phrases), np.nan, np.float32),  # nobody reads it here
             advance=advance,
         )
 

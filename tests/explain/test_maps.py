@@ -121,3 +121,19 @@ def test_upsample_keeps_patch_centres_and_means_between_them():
 def test_grid_map_is_row_major():
     row = pd.DataFrame([{"grid_h": 2, "grid_w": 3, "relevance": np.arange(6)}]).iloc[0]
     np.testing.assert_array_equal(grid_map(row), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_the_similarity_is_that_of_each_phrase_with_its_image_and_is_taken_where_it_is_known(corpus, captions, method):
+    phrases = pick_phrases(corpus, captions, samples=6, seed=0, whole=True)
+    table = explain_phrases(method, corpus, phrases, explainer="patch", batch=4)
+    store = PixelStore(corpus.paths(), method.backbone.image_size)
+    row_of = {name: row for row, name in enumerate(corpus.images["image_id"])}
+    for phrase, found in zip(phrases, table["similarity"], strict=True):
+        alone = pair_batch(method, corpus, [row_of[phrase.image_id]], [phrase.text], store)
+        with torch.no_grad():
+            assert found == pytest.approx(
+                float((method.embed_images(alone) @ method.embed_texts(alone).T)[0, 0]), abs=1e-5
+            )
+    known = np.arange(len(phrases), dtype=np.float32)
+    again = explain_phrases(method, corpus, phrases, explainer="centre", batch=4, similarity=known)
+    assert again["similarity"].tolist() == known.tolist()

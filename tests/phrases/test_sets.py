@@ -6,7 +6,7 @@ import torch
 from reidctl.backbones.tokenizers import ClipTokenizer, WordPieceTokenizer
 from reidctl.batch import Batch, Tokens
 from reidctl.phrases.base import PARTS, Phrase
-from reidctl.phrases.sets import PhraseTable, phrase_sets, token_span
+from reidctl.phrases.sets import PhraseTable, token_span
 
 COAT = "A man in a red coat and black trousers."
 BAG = "Black trousers, a red coat, and a long blue bag."
@@ -64,7 +64,7 @@ def test_the_fixture_is_what_it_says():
 
 @pytest.mark.covers(174)
 def test_each_different_phrase_is_held_once_whatever_its_capitals_and_every_text_finds_its_own():
-    sets = phrase_sets([COAT, BAG, COAT], source, tokenize, sentence)
+    sets = PhraseTable([COAT, BAG, COAT], source, tokenize, sentence).sets([COAT, BAG, COAT])
     assert len(sets) == 3 and len(sets.tokens) == 3
     assert said(sets, 0) == said(sets, 2) == ["a person with red coat", "a person with black trousers"]
     assert said(sets, 1) == ["a person with black trousers", "a person with red coat", "a person with long blue bag"]
@@ -122,9 +122,9 @@ def test_a_span_holds_the_tokens_that_share_a_character_with_the_phrase(start, e
 
 
 def test_places_are_given_only_where_somebody_asks_and_zero_where_there_is_no_phrase():
-    without = phrase_sets([COAT, BAG], source, tokenize, sentence)
+    without = PhraseTable([COAT, BAG], source, tokenize, sentence).sets([COAT, BAG])
     assert without.span.abs().max() == 0
-    sets = phrase_sets([COAT, BAG], source, tokenize, sentence, offsets)
+    sets = PhraseTable([COAT, BAG], source, tokenize, sentence, offsets).sets([COAT, BAG])
     assert sets.span[0].tolist() == [[5, 7], [8, 10], [0, 0]]
     assert sets.span[1].tolist() == [[1, 3], [4, 6], [8, 11]]
 
@@ -132,7 +132,7 @@ def test_places_are_given_only_where_somebody_asks_and_zero_where_there_is_no_ph
 @pytest.mark.parametrize("made", [ClipTokenizer(32), WordPieceTokenizer(32)], ids=["clip", "wordpiece"])
 def test_the_tokens_in_a_span_are_the_words_of_the_phrase(made):
     """Between start and end token the span's ids are those of the phrase alone."""
-    sets = phrase_sets([COAT, BAG], source, made, sentence, made.offsets)
+    sets = PhraseTable([COAT, BAG], source, made, sentence, made.offsets).sets([COAT, BAG])
     ids = made([COAT, BAG]).ids
     for row, text in enumerate((COAT, BAG)):
         for place, phrase in enumerate(FOUND[text]):
@@ -143,13 +143,13 @@ def test_the_tokens_in_a_span_are_the_words_of_the_phrase(made):
 
 def test_a_phrase_behind_the_end_of_what_the_encoder_reads_has_no_place():
     short = ClipTokenizer(8)
-    sets = phrase_sets([COAT], source, short, sentence, short.offsets)
+    sets = PhraseTable([COAT], source, short, sentence, short.offsets).sets([COAT])
     assert sets.span[0, 0].tolist() == [5, 7] and sets.span[0, 1].tolist() == [0, 0]
     assert sets.mask.all()
 
 
 def test_a_batch_carries_its_phrases_to_a_device_and_its_pairs_keep_them():
-    sets = phrase_sets([COAT, BAG], source, tokenize, sentence)
+    sets = PhraseTable([COAT, BAG], source, tokenize, sentence).sets([COAT, BAG])
     batch = Batch(
         image=torch.zeros(3, 3, 2, 2), texts={"full": tokenize(["red", "blue"])}, phrases=sets,
         has_text=torch.tensor([True, False, True]),
@@ -164,5 +164,5 @@ def test_no_texts_have_no_phrases():
     table = PhraseTable([COAT], source, tokenize, sentence)
     sets = table.sets([])
     assert len(sets) == 0 and len(sets.tokens) == 0 and sets.index.shape[0] == 0
-    empty = phrase_sets([], source, tokenize, sentence)
+    empty = PhraseTable([], source, tokenize, sentence).sets([])
     assert len(empty) == 0
