@@ -1,6 +1,6 @@
 """What a method sees: every tensor of a batch, with its shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -68,6 +68,16 @@ class PhraseSets:
         moved = [value.to(device, non_blocking=True) for value in (self.index, self.part, self.span)]
         return PhraseSets(self.tokens.to(device), *moved)
 
+    def take(self, texts: Tensor) -> "PhraseSets":
+        """Return the phrases of some texts, by number; the phrases themselves all stay."""
+        return PhraseSets(self.tokens, self.index[texts], self.part[texts], self.span[texts])
+
+
+def trimmed(tokens: Tokens) -> Tokens:
+    """Return tokens (B, L) without the columns that are padding in every text."""
+    length = max(int(tokens.mask.sum(dim=1).max()), 1) if len(tokens) else 1
+    return Tokens(tokens.ids[:, :length], tokens.mask[:, :length])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -91,6 +101,11 @@ class Batch:
         camera: which of the cameras that the method knows (`Roster.cameras`) took each image, shape (B,), int64; -1 for
             another or an unknown one; None where no method asks.
         phrases: the part phrases of the texts `full`, in the order of their rows; None where no method asks.
+        masked: the texts `full` with words hidden, for methods that guess them.
+        asked: which words are hidden, (text, place), shape (M, 2), int64.
+        answer: their ids, shape (M,), int64.
+        text_row: the sample of each text, shape (T,), int64; None: as `has_text` says.
+        sample: numbers of the samples in the training set, shape (B,), int64.
     """
 
     image: Tensor | None = None
@@ -105,6 +120,11 @@ class Batch:
     camera: Tensor | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)
     phrases: PhraseSets | None = None
+    masked: Tokens | None = None
+    asked: Tensor | None = None
+    answer: Tensor | None = None
+    text_row: Tensor | None = None
+    sample: Tensor | None = None
 
     def __len__(self) -> int:
         if self.image is not None:
@@ -115,23 +135,81 @@ class Batch:
 
     def pin(self) -> "Batch":
         """Return the same batch in page-locked memory, from which a GPU copies while it computes."""
-        texts = {name: tokens.pin() for name, tokens in self.texts.items()}
-        phrases = self.phrases.pin() if self.phrases is not None else None
-        return self._mapped(lambda value: value.pin_memory(), texts, phrases)
+        return self._mapped(lambda value: value.pin_memory(), lambda value: value.pin())
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on another device."""
-        texts = {name: tokens.to(device) for name, tokens in self.texts.items()}
-        phrases = self.phrases.to(device) if self.phrases is not None else None
-        return self._mapped(lambda value: value.to(device, non_blocking=True), texts, phrases)
+        return self._mapped(lambda value: value.to(device, non_blocking=True), lambda value: value.to(device))
 
-    def _mapped(
-        self, change: Callable[[Tensor], Tensor], texts: dict[str, Tokens], phrases: PhraseSets | None
-    ) -> "Batch":
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        changed: dict[str, Any] = {n: change(value) for n, value in tensors.items() if isinstance(value, Tensor)}
+    def _mapped(self, change: Callable[[Tensor], Tensor], inner: Callable[[Any], Any]) -> "Batch":
+        """Every tensor changed, and everything that holds tensors by `inner`."""
+        changed: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = change(value)
+            elif isinstance(value, (Tokens, PhraseSets)):
+                changed[item.name] = inner(value)
+        texts = {name: inner(tokens) for name, tokens in self.texts.items()}
         frozen = {name: change(value) for name, value in self.frozen.items()}
-        return replace(self, texts=texts, frozen=frozen, phrases=phrases, **changed)
+        return replace(self, texts=texts, frozen=frozen, **changed)
+
+    def image_of_text(self) -> Tensor:
+        """Return which sample each text belongs to, shape (T,), int64."""
+        if self.text_row is not None:
+            return self.text_row
+        person = self.require("person")
+        if self.has_text is None:
+            return torch.arange(len(person), device=person.device)
+        return self.has_text.nonzero().flatten()
+
+    def take(self, samples: Sequence[int]) -> "Batch":
+        """Return some samples with their texts, on the CPU; texts are trimmed to the longest that is left.
+
+        Phrases keep the table of all phrases: what a part does not use is encoded for nothing, never wrongly.
+        """
+        rows = torch.as_tensor(samples, dtype=torch.long)
+        texts = self._texts_of(rows)
+        kept: dict[str, Any] = {}
+        for name in ("image", "person", "clothing_group", "has_fusion", "has_text", "domain", "camera", "sample"):
+            value = getattr(self, name)
+            kept[name] = None if value is None else value[rows if len(value) == len(self) else texts]
+        frozen = {n: value[texts if n.startswith("text") else rows] for n, value in self.frozen.items()}
+        return replace(
+            self,
+            **kept,
+            **self._asked_of(texts),
+            text_row=None,
+            texts={name: trimmed(tokens[texts]) for name, tokens in self.texts.items()},
+            frozen=frozen,
+            image_id=tuple(self.image_id[row] for row in samples) if self.image_id else (),
+            text_id=tuple(self.text_id[row] for row in samples) if self.text_id else (),
+            phrases=None if self.phrases is None else self.phrases.take(texts),
+        ).located()
+
+    def _texts_of(self, rows: Tensor) -> Tensor:
+        """The texts of some samples, by number."""
+        if self.has_text is None:
+            return rows
+        number = self.has_text.cumsum(0) - 1
+        return number[rows][self.has_text[rows]]
+
+    def _asked_of(self, texts: Tensor) -> dict[str, Any]:
+        """The hidden words of some texts."""
+        if self.masked is None or self.asked is None or self.answer is None:
+            return {}
+        place = torch.full((len(self.masked),), -1)
+        place[texts] = torch.arange(len(texts))
+        row = place[self.asked[:, 0]]
+        # By text as they are numbered now, so that nothing depends on the order in the whole batch.
+        kept = (row >= 0).nonzero().flatten()
+        kept = kept[torch.argsort(row[kept], stable=True)]
+        asked = torch.stack([row[kept], self.asked[kept, 1]], dim=1)
+        return {"masked": trimmed(self.masked[texts]), "asked": asked, "answer": self.answer[kept]}
+
+    def located(self) -> "Batch":
+        """Return the batch with `text_row`, so that nobody asks a device which samples have a text."""
+        return self if self.person is None else replace(self, text_row=self.image_of_text())
 
     def require(self, name: str) -> Tensor:
         """Return tensor `name`, which the caller cannot do without.
@@ -148,10 +226,12 @@ class Batch:
         """Return the samples that have a text: image i belongs to text i."""
         if self.has_text is None:
             return self
-        rows = self.has_text.nonzero().flatten()
+        rows = self.image_of_text()
+        # Names are kept where they can be picked without asking a device for numbers.
+        named = rows.tolist() if rows.device.type == "cpu" else []
         kept = {
             name: getattr(self, name)
-            for name in ("image", "person", "clothing_group", "has_fusion", "domain", "camera")
+            for name in ("image", "person", "clothing_group", "has_fusion", "domain", "camera", "sample")
         }
         parts: dict[str, Any] = {name: value if value is None else value[rows] for name, value in kept.items()}
         whole = {name: value if name.startswith("text") else value[rows] for name, value in self.frozen.items()}
@@ -159,9 +239,10 @@ class Batch:
             self,
             **parts,
             frozen=whole,
-            image_id=tuple(self.image_id[row] for row in rows.tolist()) if self.image_id else (),
-            text_id=tuple(self.text_id[row] for row in rows.tolist()) if self.text_id else (),
+            image_id=tuple(self.image_id[row] for row in named) if self.image_id else (),
+            text_id=tuple(self.text_id[row] for row in named) if self.text_id else (),
             has_text=None,
+            text_row=None,
         )
 
 

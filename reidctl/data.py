@@ -249,6 +249,7 @@ Key = tuple[int, int, int]
 class Sample:
     """One training example before collation; numbers point into the token tables."""
 
+    number: int
     pixels: npt.NDArray[np.uint8]
     row: int
     target: int
@@ -441,10 +442,10 @@ class TrainingSet:
         used = [text for text in (target, fusion) if text >= 0]
         used += [self._offsets[kind] + row for kind in ("identity", "clothing") if kind in self.texts]
         if self.frozen is not None:
-            return Sample(np.zeros((0, 0, 3), np.uint8), row, target, fusion, False, None)
+            return Sample(sample, np.zeros((0, 0, 3), np.uint8), row, target, fusion, False, None)
         may_flip = not (self.augment.flip_respects_sides and bool(self._has_side[used].any()))
         seen = augment_pixels(self.store[row], self.augment, rng, may_flip=may_flip)
-        return Sample(seen.pixels, row, target, fusion, seen.flipped, seen.erase)
+        return Sample(sample, seen.pixels, row, target, fusion, seen.flipped, seen.erase)
 
     def _target(self, sample: int, row: int, rng: np.random.Generator) -> int:
         """The number of the text that plays t_i, -1 for none; `mix` is caption or identity+clothing with p = 1/2."""
@@ -486,7 +487,8 @@ class TrainingSet:
             domain=torch.from_numpy(self.domain_of_row[rows]),
             phrases=self._phrases_of(target[paired]),
             camera=torch.from_numpy(self.camera_of_row[rows]),
-        )
+            sample=torch.tensor([sample.number for sample in samples]),
+        ).located()
 
     def _pixels(self, samples: Sequence[Sample]) -> torch.Tensor:
         image = normalise(np.stack([sample.pixels for sample in samples]), *self.statistics)

@@ -141,6 +141,19 @@ def random_batches(image: Indices, *, batch: int, rng: np.random.Generator) -> l
     return [np.asarray(samples, np.int64) for samples in batches]
 
 
+def shuffled_batches(count: int, *, batch: int, rng: np.random.Generator) -> list[Indices]:
+    """Return one shuffled epoch of `count` samples in batches, as a plain data loader deals them.
+
+    An image with two captions may come twice in a batch; the last batch is smaller. A last batch of one sample, from
+    which nothing is learnt and whose statistics norms do not have, joins the one before.
+    """
+    order = rng.permutation(count).astype(np.int64)
+    cuts = list(range(batch, count, batch))
+    if cuts and count - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(order, cuts)
+
+
 def _take(sample: int, rows: list[int], taken: dict[int, int], again: list[int], batch: int) -> None:
     if rows[sample] in taken or len(taken) >= batch:
         again.append(sample)

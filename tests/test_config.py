@@ -77,7 +77,7 @@ def test_every_shipped_recipe_parses_against_the_code(name):
     from reidctl.methods.base import method_class
     from reidctl.stages.building import BackboneSettings
     from reidctl.synthped.config import SynthConfig
-    from reidctl.training import TrainConfig
+    from reidctl.training.config import TrainConfig
 
     recipe = load_recipe(name)
     method = dict(recipe["method"])

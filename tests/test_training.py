@@ -20,14 +20,10 @@ from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
 from reidctl.methods.base import build_method, unique_state
-from reidctl.training import (
-    TrainConfig,
-    Trainer,
-    _save_whole,
-    build_optimizer,
-    kept_epochs,
-    learning_rate_factor,
-)
+from reidctl.training.config import TrainConfig
+from reidctl.training.loop import Trainer
+from reidctl.training.optimizer import build_optimizer, learning_rate_factor
+from reidctl.training.state import kept_epochs, save_whole
 
 SMALL = TrainConfig(
     epochs=4, batch=12, instances=3, lr=1e-3, lr_new=1e-3, warmup_epochs=0, log_every=1, device="cpu",
@@ -410,10 +406,10 @@ def test_an_interrupt_while_the_state_is_written_is_an_interrupt_and_leaves_noth
                 raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
             raise
 
-    monkeypatch.setattr("reidctl.training.torch.save", save)
+    monkeypatch.setattr("reidctl.training.state.torch.save", save)
     (tmp_path / "state.pt").write_bytes(b"older")
     with pytest.raises(KeyboardInterrupt):
-        _save_whole({}, tmp_path / "state.pt")
+        save_whole({}, tmp_path / "state.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     assert (tmp_path / "state.pt").read_bytes() == b"older"
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reidctl.config import Section
+from reidctl.layers.gradients import Gradients, local_gradients
 from reidctl.layers.shared import LAST_MLP
 
 _SMALLEST_RATIO = 1e-12
@@ -110,7 +111,9 @@ class GradNorm:
         """Whether the next step is one of the first, which average the losses and need no layer."""
         return self._steps < self.config.warm_steps
 
-    def step(self, losses: Mapping[str, Tensor], shared: Tensor | None) -> dict[str, float]:
+    def step(
+        self, losses: Mapping[str, Tensor], shared: Tensor | None, gradients: Gradients = local_gradients
+    ) -> dict[str, float]:
         """Update the weights; call before `combine(losses).backward()`, whose graph stays intact.
 
         Neither `shared.grad` nor that of any other parameter is touched. A step with a loss or a gradient that is not
@@ -119,6 +122,7 @@ class GradNorm:
         Args:
             losses: scalar per task, unweighted.
             shared: the parameter θ at which the gradients are measured; may be None while `warming`.
+            gradients: how they are found.
 
         Returns:
             For the history: `gradnorm` (L_GN), and per task `weight_<task>` (after the step) and, when balanced,
@@ -136,7 +140,8 @@ class GradNorm:
         if self._steps <= self.config.warm_steps:
             self._initial_sum += torch.where(values.isfinite(), values, 0.0)
         elif shared is not None and self._steps % self.config.every == 0:
-            norms = torch.stack([_gradient_norm(losses[task], shared) for task in self.tasks]).double().cpu()
+            found = gradients({task: losses[task] for task in self.tasks}, [shared])
+            norms = torch.stack([_norm(found[task][0], shared) for task in self.tasks]).double().cpu()
             if values.isfinite().all() and norms.isfinite().all():
                 report = self._balance(norms, self._ratios(values))
         return report | {f"weight_{task}": weight for task, weight in self.weights().items()}
@@ -201,11 +206,8 @@ class GradNorm:
         self._optimizer.load_state_dict(state["optimizer"])
 
 
-def _gradient_norm(loss: Tensor, shared: Tensor) -> Tensor:
+def _norm(gradient: Tensor | None, shared: Tensor) -> Tensor:
     """‖∂loss/∂shared‖₂, 0 if the loss does not depend on it."""
-    if not loss.requires_grad:
-        return torch.zeros((), device=shared.device)
-    (gradient,) = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
     if gradient is None:
         return torch.zeros((), device=shared.device)
     norm: Tensor = torch.linalg.vector_norm(gradient.detach().float())

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reidctl.errors import UsageError
+from reidctl.layers.gradients import Gradients, local_gradients
 
 LAST_MLP, AUTO = "last_mlp", "auto"
 
@@ -45,7 +45,14 @@ class SharedLayer:
         self.reason = ""
         self._moved: dict[str, set[str]] = {task: set() for task in self.tasks}
 
-    def choose(self, losses: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], *, wait: bool) -> bool:
+    def choose(
+        self,
+        losses: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        wait: bool,
+        gradients: Gradients = local_gradients,
+    ) -> bool:
         """Look at one step's losses unless the choice is made; return whether this call made it.
 
         No `.grad` is touched; the graph is kept.
@@ -54,6 +61,7 @@ class SharedLayer:
             losses: scalar per task.
             parameters: those that train, by name.
             wait: whether a loss without a gradient may still get one in a later step.
+            gradients: how they are found.
 
         Raises:
             UsageError: no parameter is under all losses, or the named one is not.
@@ -61,7 +69,7 @@ class SharedLayer:
         if self.name is not None:
             return False
         if self.wanted is not None and self.wanted in parameters:
-            wired = self._look(losses, {self.wanted: parameters[self.wanted]})
+            wired = self._look(losses, {self.wanted: parameters[self.wanted]}, gradients)
             absent = [task for task in self.tasks if not wired[task]]
             if not absent:
                 if all(self.wanted in self._moved[task] for task in self.tasks):
@@ -72,11 +80,18 @@ class SharedLayer:
                 if absent:
                     raise self._refusal(f"{_listed(absent)} {_do(absent)} not depend on `{self.wanted}`")
                 return self._take(self.wanted)
-        return self._search(losses, parameters, wait=wait)
+        return self._search(losses, parameters, gradients, wait=wait)
 
-    def _search(self, losses: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], *, wait: bool) -> bool:
+    def _search(
+        self,
+        losses: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Gradients,
+        *,
+        wait: bool,
+    ) -> bool:
         weights = {name: parameter for name, parameter in parameters.items() if parameter.ndim > 1}
-        wired = self._look(losses, weights)
+        wired = self._look(losses, weights, gradients)
         if not set.intersection(*wired.values()):
             raise self._refusal(_nothing_shared(wired))
         silent = [task for task in self.tasks if not self._moved[task]]
@@ -94,16 +109,14 @@ class SharedLayer:
             return False
         raise self._refusal(f"no weight gets a non-zero gradient from all of {_listed(self.tasks)}")
 
-    def _look(self, losses: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, set[str]]:
+    def _look(
+        self, losses: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], gradients: Gradients
+    ) -> dict[str, set[str]]:
         """On which parameters each loss depends; notes where its gradient is not zero."""
+        every = gradients({task: losses[task] for task in self.tasks}, list(parameters.values()))
         wired: dict[str, set[str]] = {}
         for task in self.tasks:
-            gradients: Sequence[Tensor | None] = [None] * len(parameters)
-            if losses[task].requires_grad and parameters:
-                gradients = torch.autograd.grad(
-                    losses[task], list(parameters.values()), retain_graph=True, allow_unused=True
-                )
-            reached = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
+            reached = {name: grad for name, grad in zip(parameters, every[task], strict=True) if grad is not None}
             wired[task] = set(reached)
             self._moved[task] |= {name for name, grad in reached.items() if bool(grad.any())}
         return wired

@@ -25,7 +25,9 @@ from reidctl.backbones.weights import from_config
 from reidctl.batch import Batch, PhraseSets, Roster
 from reidctl.config import Section, parse_section
 from reidctl.errors import DataError, UsageError
+from reidctl.layers.gradients import Gradients, local_gradients
 from reidctl.layers.matching import Encoded
+from reidctl.parts import Parts
 from reidctl.phrases.base import Phrase, PhraseSource
 from reidctl.phrases.rules import extract
 from reidctl.phrases.sets import PhraseTable
@@ -34,6 +36,8 @@ Explainer = Literal["gradcam", "patch"]
 Role = Literal["image", "text", "new", "prompt"]
 """Which learning rate of `train` a parameter takes: `lr`, `lr_text`, `lr_new`, `lr_prompt`."""
 Task = Literal["t2i", "i2i"]
+Look = Callable[[Batch], dict[str, Tensor]]
+Survey = Callable[[Look], dict[str, Tensor]]
 TargetText = Literal["caption", "identity", "identity+clothing", "clothing", "mix"]
 
 FORMAT = 1
@@ -94,6 +98,9 @@ class Method(nn.Module, ABC):
     """Whether its losses and pair scores read the part phrases of texts."""
     reads_phrase_places: bool = False
     """Whether it needs to know where they stand among the text's tokens."""
+    gradients: Gradients = staticmethod(local_gradients)
+    """Returns the gradients of losses at a weight; a training on several processes or in several passes brings its own,
+    which sees the whole batch."""
     phrase_source: PhraseSource = staticmethod(by_rules)
     """Finds the phrases of texts that it has not seen in training."""
 
@@ -159,9 +166,31 @@ class Method(nn.Module, ABC):
         """Whether a loss is computed at all."""
         return self.weight(loss) != 0
 
-    @abstractmethod
     def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
         """Return the unweighted losses of a training batch by name; every entry counts."""
+        return self.losses_of(self.encode(self.prepare(batch), stage), stage)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a batch with what the method draws at random about its texts; called on the CPU, before the copy.
+
+        So the places of drawn tokens are known without asking the device for them.
+        """
+        return batch
+
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return what the losses read of a batch: everything that is computed of each sample by itself.
+
+        The batch may be a part of one: on each of several processes, or in each of several passes. Nothing here may
+        compare samples or average over them; a sum over the part's samples has shape (1,) and adds up.
+        """
+        raise NotImplementedError
+
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
+        """Return the unweighted losses of a whole batch by name, from what `encode` returned of all of it.
+
+        Every process computes them, so that classifiers and norms here see the whole batch.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def embed_images(self, batch: Batch) -> Tensor:
@@ -261,14 +290,8 @@ class Method(nn.Module, ABC):
         shared = self.shared_weight()
         if shared is None:
             return {}
-        norms = {}
-        for name, value in losses.items():
-            if not value.requires_grad:
-                norms[name] = 0.0
-                continue
-            grad = torch.autograd.grad(value, shared, retain_graph=True, allow_unused=True)[0]
-            norms[name] = 0.0 if grad is None else float(grad.float().norm())
-        return norms
+        found = self.gradients(losses, [shared])
+        return {name: 0.0 if grad is None else float(grad.float().norm()) for name, (grad,) in found.items()}
 
     def shared_weight(self) -> nn.Parameter | None:
         """The last weight above which all image losses pass, the output of the last image block's MLP, if it trains."""
@@ -292,6 +315,21 @@ class Method(nn.Module, ABC):
 
     def begin(self, stage: str) -> None:
         """Prepare for a training stage, once the starting weights are loaded; also before a killed one goes on."""
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it looks at all training samples before each epoch of `finetune`."""
+        return False
+
+    def begin_epoch(self, epoch: int, survey: Survey) -> None:
+        """Prepare for an epoch (0-based); called only where `surveys` says so.
+
+        Args:
+            epoch: the epoch that follows.
+            survey: `survey(look)` calls `look` with every batch of the epoch, on the device, without gradients and in
+                evaluation mode, and returns what it returned by sample number: for each name a tensor (S, ...) on the
+                CPU, NaN where no batch held the sample.
+        """
 
     def frozen_features(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the prompt stage reads of the images, or of the texts `full`, and never changes.

@@ -7,6 +7,7 @@ from torch import Tensor
 from reidctl import losses
 from reidctl.batch import Batch
 from reidctl.methods.base import Method, MethodConfig, unit
+from reidctl.parts import Parts
 
 
 class ClipConfig(MethodConfig):
@@ -31,11 +32,16 @@ class Clip(Method):
     loss_weights: ClassVar = {"itc": 1.0}
     config: ClipConfig
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
-        """Return `itc`, the symmetric contrastive loss."""
-        positives = batch.require("person") if self.config.positives == "id" else None
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return `image` and `text`, unit vectors (B, D), and `person` (B,)."""
         image, text = self.embed_images(batch), self.embed_texts(batch)
-        return {"itc": losses.info_nce(image, text, temperature=self.config.temperature, positives=positives)}
+        return Parts({"image": image, "text": text, "person": batch.require("person")})
+
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
+        """Return `itc`, the symmetric contrastive loss."""
+        positives = parts["person"] if self.config.positives == "id" else None
+        itc = losses.info_nce(parts["image"], parts["text"], temperature=self.config.temperature, positives=positives)
+        return {"itc": itc}
 
     def embed_images(self, batch: Batch) -> Tensor:
         """Return unit class-token features, shape (B, D)."""

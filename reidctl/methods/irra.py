@@ -4,6 +4,7 @@ SDM aligns the global features, a shared classifier adds identity, and a masked-
 through cross-attention adds local relations. Only the two towers are used for retrieval.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from reidctl import losses
 from reidctl.backbones.base import Backbone
 from reidctl.batch import Batch, Tokens
 from reidctl.methods.base import Method, MethodConfig, unit
+from reidctl.parts import Parts
 
 
 class IrraConfig(MethodConfig):
@@ -98,33 +100,52 @@ class Irra(Method):
         if self.active("mlm"):
             self.mlm = CrossModalHead(backbone.dim, config.mlm_layers, backbone.tokenizer.vocabulary_size)
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> Batch:
+        """Hide words of the captions."""
+        if not self.active("mlm") or "full" not in batch.texts:
+            return batch
+        return hide_words(batch, self.backbone, self.config.mask_rate)
+
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return `image` (B, D), `person` (B,), `text` (T, D), whose `row` is its image's, and sums of `mlm`."""
+        seen = batch.texts["full"]
+        if self.config.masked_caption_everywhere and batch.masked is not None:
+            seen = batch.masked
+        image = self.backbone.encode_image(batch.require("image"))
+        text = self.backbone.encode_text(seen)
+        row = batch.image_of_text()
+        rows = {"image": image.cls[:, 0], "person": batch.require("person"), "text": text.pooled, "row": row}
+        if self.active("mlm"):
+            rows |= self._guess(batch, torch.cat([image.cls, image.patches], dim=1)[row], text.tokens, seen)
+        return Parts(rows, {"row": "image"})
+
+    def _guess(self, batch: Batch, looks: Tensor, words: Tensor, seen: Tokens) -> dict[str, Tensor]:
+        """The masked-language loss summed over the hidden words, and their number, each (1,)."""
+        assert batch.masked is not None
+        if seen is not batch.masked:
+            words = self.backbone.encode_text(batch.masked).tokens
+        hidden = self.mlm(words, looks)
+        # The vocabulary is wide and 15 % of the tokens are asked for: classify only those.
+        asked, answer = batch.require("asked"), batch.require("answer")
+        logits = self.mlm.logits(hidden[asked[:, 0], asked[:, 1]])
+        count = torch.full((1,), float(len(answer)), device=hidden.device)
+        return {"mlm": (losses.cross_entropy(logits, answer) * count).float(), "mlm_count": count}
+
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
         """Return `sdm`, `id` and `mlm`, each unweighted; losses of weight 0 are not computed.
 
         Images without a caption take part in the image half of `id`.
         """
-        pairs = batch.pairs()
-        clean, person = pairs.texts["full"], pairs.require("person")
-        masked, labels = mask_tokens(clean, self.backbone, self.config.mask_rate)
-        seen = masked if self.config.masked_caption_everywhere and self.active("mlm") else clean
-        image = self.backbone.encode_image(batch.require("image"))
-        text = self.backbone.encode_text(seen)
-        every = slice(None) if batch.has_text is None else batch.has_text
-        classes, patches = image.cls[every], image.patches[every]
-        v, t = classes[:, 0], text.pooled
+        row, everyone, t = parts["row"], parts["person"], parts["text"]
+        v, person = parts["image"][row], everyone[row]
         found: dict[str, Tensor] = {}
         if self.active("sdm"):
             found["sdm"] = losses.sdm(v, t, person, temperature=self.config.temperature)
         if self.active("id"):
-            everyone = batch.require("person")
-            shown = self.classifier(image.cls[:, 0])
+            shown = self.classifier(parts["image"])
             found["id"] = losses.id_loss(shown, self.classifier(t), everyone, text_person=person)
         if self.active("mlm"):
-            words = text.tokens if seen is masked else self.backbone.encode_text(masked).tokens
-            hidden = self.mlm(words, torch.cat([classes, patches], dim=1))
-            # The vocabulary is wide and 15 % of the tokens are asked for: classify only those.
-            asked = labels >= 0
-            found["mlm"] = losses.cross_entropy(self.mlm.logits(hidden[asked]), labels[asked])
+            found["mlm"] = parts["mlm"].sum() / parts["mlm_count"].sum().clamp(min=1)
         return found
 
     def embed_images(self, batch: Batch) -> Tensor:
@@ -134,6 +155,13 @@ class Irra(Method):
     def embed_texts(self, batch: Batch) -> Tensor:
         """Return unit end-of-text features, shape (B, D)."""
         return unit(self.backbone.encode_text(batch.texts["full"]).pooled)
+
+
+def hide_words(batch: Batch, backbone: Backbone, rate: float) -> Batch:
+    """Return a batch with `masked`, `asked` and `answer`: its captions with words hidden; see `mask_tokens`."""
+    masked, labels = mask_tokens(batch.texts["full"], backbone, rate)
+    asked = (labels >= 0).nonzero()
+    return replace(batch, masked=masked, asked=asked, answer=labels[asked[:, 0], asked[:, 1]])
 
 
 def mask_tokens(tokens: Tokens, backbone: Backbone, rate: float) -> tuple[Tokens, Tensor]:

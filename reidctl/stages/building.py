@@ -23,7 +23,8 @@ from reidctl.runs import Run, digest
 from reidctl.stages.noise import degrade_captions, exchange_descriptions
 from reidctl.stages.phrases import phrase_source
 from reidctl.stages.sources import DataSettings, Source
-from reidctl.training import PromptConfig, TrainConfig, epoch_batches
+from reidctl.training.batches import epoch_batches
+from reidctl.training.config import PromptConfig, TrainConfig
 
 
 class BackboneSettings(Section):
@@ -118,10 +119,13 @@ def what_matters(training: TrainConfig) -> dict[str, Any]:
     unused |= {"lr_prompt"} if training.lr_prompt is None else set()
     # Younger than finished runs: they stay up to date.
     unused |= {name for name in _YOUNG if getattr(training, name) == TrainConfig.model_fields[name].default}
-    return training.model_dump(exclude={"device", "workers", "cache_mb", "log_every", "cache", "use", *unused})
+    return training.model_dump(exclude={*_HOW, *unused})
 
 
-_YOUNG = ("decay_biases", "final_factor", "cosine_over", "first_epoch")
+_YOUNG = ("decay_biases", "final_factor", "cosine_over", "first_epoch", "groups", "accumulate", "ema", "patience")
+# Where and how fast, not what: a training goes on on another machine, or with other of these settings.
+_HOW = ("device", "workers", "cache_mb", "log_every", "cache", "use", "compile", "channels_last", "parallel",
+        "save_steps", "tensorboard", "wandb")  # fmt: skip
 
 
 def towers_that_matter(towers: BackboneSettings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from reidctl.runs import Run, fingerprint
 from reidctl.stages.index import model_digest
 from reidctl.stages.measuring import Subject, check_people, check_query, embed, find_subject, protocols_of
 from reidctl.stages.sources import find_source
-from reidctl.training import kept_epochs
+from reidctl.training.state import kept_epochs
 
 STAGE = "epochs"
 Group = tuple[str, str]  # direction, dataset

@@ -26,7 +26,9 @@ from reidctl.runs import Run, digest, fingerprint
 from reidctl.stages import building, prompt_stage
 from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
-from reidctl.training import Outcome, TrainConfig, Trainer, Validate, kept_epochs
+from reidctl.training.config import TrainConfig
+from reidctl.training.loop import Outcome, Trainer, Validate
+from reidctl.training.state import kept_epochs
 
 STAGE = "finetune"
 

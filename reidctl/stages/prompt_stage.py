@@ -24,7 +24,8 @@ from reidctl.runs import Run, fingerprint
 from reidctl.stages import building
 from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
-from reidctl.training import Outcome, PromptConfig, Trainer
+from reidctl.training.config import PromptConfig
+from reidctl.training.loop import Outcome, Trainer
 
 STAGE = "prompt-stage"
 _SPOILT = ("caption_noise", "caption_noise_kind", "part", "datasets")

@@ -29,7 +29,8 @@ from reidctl.backbones.weights import build
 from reidctl.batch import Batch, Tokens
 from reidctl.frozen import FrozenFeatures
 from reidctl.methods.base import Method, build_method
-from reidctl.training import PromptConfig, TrainConfig, build_optimizer
+from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.optimizer import build_optimizer
 
 SIZES = {"vit-b-16": ("clip:ViT-B-16", (384, 128)), "tiny": ("clip:tiny", None), "micro": ("clip:micro", None)}
 WORDS = 40

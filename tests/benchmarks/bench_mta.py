@@ -25,7 +25,8 @@ from reidctl.backbones.weights import build
 from reidctl.batch import Batch, Roster
 from reidctl.config import load_recipe
 from reidctl.methods.base import Method, build_method
-from reidctl.training import TrainConfig, build_optimizer
+from reidctl.training.config import TrainConfig
+from reidctl.training.optimizer import build_optimizer
 
 SIZES: dict[str, tuple[str, tuple[int, int] | None]] = {
     "vit-b-16": ("clip:ViT-B-16", (256, 128)),

@@ -37,7 +37,8 @@ from reidctl.backbones.clip import ClipBackbone
 from reidctl.batch import Batch, Roster
 from reidctl.config import load_recipe, parse_section
 from reidctl.methods.base import Method, build_method
-from reidctl.training import PromptConfig, TrainConfig, build_optimizer, learning_rate_factor
+from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.optimizer import build_optimizer, learning_rate_factor
 
 LIMIT = 1e-5
 PEOPLE, IMAGES, CAMERAS = 10, 4, 5

@@ -209,7 +209,8 @@ def test_noise_images_give_chance_after_pairwise_re_ranking(corpus, tmp_path):
 
 def trained(corpus, method, steps):
     from reidctl.data import TrainingSet
-    from reidctl.training import TrainConfig, build_optimizer
+    from reidctl.training.config import TrainConfig
+    from reidctl.training.optimizer import build_optimizer
 
     backbone = method.backbone
     samples = TrainingSet(

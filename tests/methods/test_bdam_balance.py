@@ -11,7 +11,8 @@ from methods.test_method_contract import training_batch
 from reidctl.errors import UsageError
 from reidctl.runs import Run
 from reidctl.stages import finetune
-from reidctl.training import TrainConfig, build_optimizer
+from reidctl.training.config import TrainConfig
+from reidctl.training.optimizer import build_optimizer
 
 
 def bdam(**changes):

@@ -17,7 +17,8 @@ from reidctl.errors import UsageError
 from reidctl.evaluation.pairwise import score_pairs
 from reidctl.methods.base import build_method
 from reidctl.methods.bdam import BdamConfig
-from reidctl.training import TrainConfig, build_optimizer
+from reidctl.training.config import TrainConfig
+from reidctl.training.optimizer import build_optimizer
 
 
 def settings(recipe):

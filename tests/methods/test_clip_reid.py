@@ -22,7 +22,8 @@ from reidctl.errors import UsageError
 from reidctl.methods.base import build_method, load_method, save_method
 from reidctl.methods.clip_reid import ClipReid, ClipReidConfig, Seen
 from reidctl.stages import building
-from reidctl.training import PromptConfig, TrainConfig, build_optimizer, learning_rate_factor
+from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.optimizer import build_optimizer, learning_rate_factor
 
 CPU = resolve_device("cpu")
 FAR = {"margin": 100.0, "squared": False, "normalize": False}

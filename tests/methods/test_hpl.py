@@ -16,7 +16,8 @@ from reidctl.config import load_recipe
 from reidctl.errors import UsageError
 from reidctl.methods.base import build_method
 from reidctl.methods.hpl import HplConfig
-from reidctl.training import PromptConfig, TrainConfig, build_optimizer, learning_rate_factor
+from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.optimizer import build_optimizer, learning_rate_factor
 
 BASE = {"sdm", "id_t2i", "triplet", "id_i2i"}
 PROMPTED = {"cic", "tgps", "vgps", "cmpr"}

@@ -29,7 +29,9 @@ from reidctl.batch import Batch, Roster
 from reidctl.data import roster_of
 from reidctl.errors import UsageError
 from reidctl.methods.mta_clip import MtaClipConfig
-from reidctl.training import PromptConfig, TrainConfig, Trainer, build_optimizer
+from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.loop import Trainer
+from reidctl.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")

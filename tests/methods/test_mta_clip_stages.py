@@ -36,7 +36,9 @@ from reidctl.methods.clip_reid import ClipReidConfig
 from reidctl.methods.mta_clip import MtaClipConfig
 from reidctl.runs import Run
 from reidctl.stages import building, finetune, prompt_stage
-from reidctl.training import PromptConfig, TrainConfig, Trainer, build_optimizer
+from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.loop import Trainer
+from reidctl.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")

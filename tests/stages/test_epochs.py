@@ -19,7 +19,7 @@ from reidctl.methods.base import load_method
 from reidctl.runs import Run, digest
 from reidctl.stages import epochs, finetune
 from reidctl.stages.measuring import embed, find_subject, protocols_of
-from reidctl.training import kept_epochs
+from reidctl.training.state import kept_epochs
 
 RECIPE = {
     "method": {"name": "clip"},

@@ -21,7 +21,7 @@ from reidctl.pixels import PixelStore, image_batches
 from reidctl.retrieval.exact import evaluate_ranking
 from reidctl.runs import Run
 from reidctl.stages import building, evaluate, finetune, prompt_stage
-from reidctl.training import Trainer
+from reidctl.training.loop import Trainer
 
 LOOP = {
     "batch": 4, "batch_images": 4, "instances": 2, "sampler": "mixed", "device": "cpu", "workers": 0, "log_every": 1,

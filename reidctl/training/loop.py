@@ -3,142 +3,37 @@
 import itertools
 import json
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, field_validator, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from reidctl import tables
-from reidctl.augment import AugmentConfig
 from reidctl.batch import Batch
-from reidctl.config import Section
 from reidctl.console import log, progress
 from reidctl.data import Key, TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError
 from reidctl.loading import load_ahead, loader_threads
-from reidctl.methods.base import Method, unique_state
-from reidctl.sampling import alternating_batches, identity_batches, mixed_batches, random_batches
+from reidctl.methods.base import Method
+from reidctl.training.batches import epoch_batches
+from reidctl.training.config import TrainConfig
+from reidctl.training.optimizer import build_optimizer, learning_rate_factor
+from reidctl.training.state import epoch_files, kept_epochs, save_whole, tensors
 
 Validate = Callable[[Method], dict[str, float]]
 
 
 # How much of the first epoch is loaded once more to know the loader's own speed.
 _LOADER_BATCHES, _LOADER_SECONDS = 16, 3.0
-
-
-class TrainConfig(Section):
-    """How a method is trained; the defaults are IRRA's solver at its published settings."""
-
-    epochs: int = Field(60, ge=0)
-    """0 keeps the starting weights: zero-shot."""
-    batch: int = Field(64, ge=2)
-    sampler: Literal["identity", "random", "mixed", "alternating", "alternating-random"] = "identity"
-    """`identity` draws `instances` samples of each of batch / instances people; `mixed` adds `batch_images` images
-    without captions to `batch` captioned ones; `alternating` takes each identity batch from one dataset, in turns, and
-    `alternating-random` each random one."""
-    instances: int = Field(4, ge=1)
-    batch_images: int = Field(64, ge=2)
-    """Caption-free images in a `mixed` batch, `instances` of each person."""
-    mixed_pairs: Literal["identity", "random"] = "identity"
-    """How the captioned part of a `mixed` batch is drawn."""
-    alternation_power: float = Field(0.5, ge=0, le=1)
-    """A dataset's share of `alternating` batches is proportional to its size to this power."""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """`adam` couples weight decay with the gradient, as IRRA, CLIP-ReID and BDAM do."""
-    lr: float = Field(1e-5, ge=0)
-    lr_text: float | None = None
-    """Learning rate of the text tower; None: `lr`."""
-    lr_new: float | None = None
-    """Learning rate of everything that is not a tower; None: five times `lr`."""
-    lr_prompt: float | None = None
-    """Learning rate of prompt tokens; None: `lr_new`."""
-    bias_lr_factor: float = 2.0
-    """Biases learn this much faster, without weight decay."""
-    decay_biases: bool = False
-    """Biases have weight decay too, as in CLIP-ReID's code."""
-    weight_decay: float = 4e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup_epochs: float = Field(5, ge=0)
-    warmup_factor: float = 0.1
-    schedule: Literal["cosine", "constant", "step", "exponential"] = "cosine"
-    milestones: tuple[int, ...] = (20, 50)
-    gamma: float = 0.1
-    """Factor at each milestone (`step`) or each epoch (`exponential`)."""
-    final_factor: float = Field(0.0, ge=0, le=1)
-    """Where the cosine ends, as a factor on the rate."""
-    cosine_over: Literal["rest", "all"] = "rest"
-    """The cosine begins where the warm-up ends, or runs over all epochs under it, as timm's and so CLIP-ReID's."""
-    first_epoch: Literal[0, 1] = 0
-    """The number of the first epoch for warm-up, milestones and cosine: 1 in CLIP-ReID's code, which steps the schedule
-    before each epoch."""
-    schedule_by: Literal["epoch", "step"] = "epoch"
-    """Whether the rate changes after each epoch, as published, or smoothly after each step."""
-    clip_grad_norm: float | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
-    workers: int | None = Field(None, ge=0)
-    """Threads that load images ahead; 0 loads when a step asks. None: 0 on a CPU, one per core up to 8 for a GPU."""
-    cache_mb: int = Field(512, ge=0)
-    augment: AugmentConfig = AugmentConfig()
-    select: Literal["val", "test"] = "val"
-    """Which split chooses the epoch. `test` is what most published code does; it is recorded and warned about."""
-    select_metric: Literal["rank1", "mAP"] = "rank1"
-    validate_every: int = Field(1, ge=1)
-    keep_epochs: bool = False
-    """Keep the weights of every validated epoch in `finetune/epochs`, to compare the chosen epoch with the best on test
-    (`evaluate`). Costs one model on disk per epoch: 60 epochs of CLIP ViT-B/16 in float32 are about 36 GB."""
-    log_every: int = Field(10, ge=1)
-    shuffle_labels: bool = False
-    """Give every person the texts of another, or images of anybody where no text is read: the control run that must
-    stay at chance."""
-
-    @model_validator(mode="after")
-    def _has_negatives(self) -> "TrainConfig":
-        sizes = [] if self.sampler in ("random", "alternating-random") else [self.batch]
-        if self.sampler == "mixed":
-            sizes = [self.batch_images, *([self.batch] if self.mixed_pairs == "identity" else [])]
-        for size in sizes:
-            if size % self.instances or size < 2 * self.instances:
-                raise ValueError(f"a batch of {size} is not two or more people with {self.instances} samples each")
-        return self
-
-
-class PromptConfig(TrainConfig):
-    """How the prompt stage is trained; the defaults are HPL's (CLIP-ReID's number of epochs is 120)."""
-
-    epochs: int = Field(10, ge=0)
-    lr: float = Field(5e-5, ge=0)
-    lr_new: float | None = 5e-5
-    lr_prompt: float | None = 0.02
-    bias_lr_factor: float = 1.0
-    weight_decay: float = 0.0
-    warmup_epochs: float = Field(0, ge=0)
-    schedule: Literal["cosine", "constant", "step", "exponential"] = "exponential"
-    gamma: float = 0.8
-    cache: Literal["fp16", "fp32", "off"] = "fp16"
-    """Compute what the frozen encoders give once and keep it on disk while the stage runs, in this precision; images
-    are then not augmented. `off` computes it at every step, with augmentation."""
-    use: Path | None = None
-    """`finetune` takes the prompts of this run instead of its own."""
-
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        # YAML reads a bare `off` as false.
-        return "off" if value is False else value
 
 
 @dataclass(frozen=True)
@@ -151,96 +46,6 @@ class Outcome:
     seconds: float
     images_per_second: float
     resumed_from: int
-
-
-def learning_rate_factor(config: TrainConfig, epoch: float) -> float:
-    """Return the factor on every learning rate at `epoch` (0-based, fractional when scheduled by step).
-
-    Warm-up: linear from `warmup_factor` to 1 over `warmup_epochs`. Then cosine: f + (1 - f) (1 + cos(pi p)) / 2 with f
-    the `final_factor` and p the share of the remaining epochs, or of all (`cosine_over`); step: gamma per milestone
-    passed; exponential: gamma ** epoch. Epochs are counted from `first_epoch`.
-    """
-    epoch += config.first_epoch
-    if epoch < config.warmup_epochs:
-        share = epoch / config.warmup_epochs
-        return config.warmup_factor * (1 - share) + share
-    if config.schedule == "cosine":
-        start = config.warmup_epochs if config.cosine_over == "rest" else 0.0
-        share = min((epoch - start) / max(config.epochs - start, 1e-9), 1.0)
-        return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * share))
-    if config.schedule == "step":
-        return float(config.gamma ** sum(epoch >= milestone for milestone in config.milestones))
-    if config.schedule == "exponential":
-        return float(config.gamma**epoch)
-    return 1.0
-
-
-def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser with one parameter group per role, decay and bias rule.
-
-    Parameters that a stage leaves out are frozen. Biases (unless `decay_biases`) and parameters flagged
-    `_no_weight_decay` (A_log and D of a Mamba layer) have no decay.
-    """
-    rates = {
-        "image": config.lr,
-        "text": config.lr if config.lr_text is None else config.lr_text,
-        "new": 5 * config.lr if config.lr_new is None else config.lr_new,
-    }
-    rates["prompt"] = rates["new"] if config.lr_prompt is None else config.lr_prompt
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in method.parameters():
-        parameter.requires_grad_(False)
-    for role, members in method.parameters_by_role(stage).items():
-        for name, parameter in members:
-            parameter.requires_grad_(True)
-            bias = name.endswith("bias")
-            rate = rates[role] * (config.bias_lr_factor if bias else 1.0)
-            bare = (bias and not config.decay_biases) or getattr(parameter, "_no_weight_decay", False)
-            groups.setdefault((rate, 0.0 if bare else config.weight_decay), []).append(parameter)
-    described = [
-        {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), members in groups.items()
-    ]
-    if not described:
-        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(described, betas=config.betas, eps=config.eps)
-
-
-def epoch_batches(
-    samples: TrainingSet, config: TrainConfig, seed: int, epoch: int
-) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Return the batches of an epoch as numbers of samples; they depend on nothing but the arguments.
-
-    Raises:
-        DataError: the samples do not allow the sampler.
-    """
-    rng = np.random.default_rng((seed, 1, epoch))
-    person, image = samples.person_of_sample, samples.picture_of_sample
-    if config.sampler == "random":
-        return random_batches(image, batch=config.batch, rng=rng)
-    if config.sampler == "identity":
-        return identity_batches(person, image, batch=config.batch, instances=config.instances, rng=rng)
-    if config.sampler in ("alternating", "alternating-random"):
-        return alternating_batches(
-            person,
-            image,
-            samples.domain_of_row[samples.row_of_sample],
-            batch=config.batch,
-            instances=config.instances if config.sampler == "alternating" else None,
-            power=config.alternation_power,
-            rng=rng,
-        )
-    return mixed_batches(
-        person,
-        image,
-        np.arange(len(samples)) < samples.paired,
-        batch=config.batch,
-        batch_images=config.batch_images,
-        instances=config.instances,
-        identity_pairs=config.mixed_pairs == "identity",
-        rng=rng,
-    )
 
 
 class Trainer:
@@ -454,13 +259,13 @@ class Trainer:
         self._log(epoch, self.config.select, found)
         value = found[self.config.select_metric]
         if self.config.keep_epochs:
-            payload = save(_tensors(self.method), metadata={"fingerprint": self.fingerprint})
+            payload = save(tensors(self.method), metadata={"fingerprint": self.fingerprint})
             tables.write_bytes(self.folder / "epochs" / f"epoch-{epoch + 1:03d}.safetensors", payload)
         shown = ", ".join(f"{name} {100 * number:.1f}" for name, number in found.items())
         log.info(f"epoch {epoch + 1}/{self.config.epochs}: {self.config.select} {shown}")
         if value > self.best_value:
             self.best_epoch, self.best_value = epoch, value
-            tables.write_bytes(self._best_path(), save(_tensors(self.method)))
+            tables.write_bytes(self._best_path(), save(tensors(self.method)))
 
     def _best_path(self) -> Path:
         # Named after the training and the epoch: a file of another training, or newer than the state, is never taken.
@@ -470,7 +275,7 @@ class Trainer:
         """Remove kept weights of another training, and those newer than the state that is continued."""
         mine = kept_epochs(self.folder, self.fingerprint) if self.config.keep_epochs else {}
         kept = {path for epoch, path in mine.items() if epoch <= first}
-        for path in _epoch_files(self.folder):
+        for path in epoch_files(self.folder):
             if path not in kept:
                 path.unlink(missing_ok=True)
 
@@ -486,7 +291,7 @@ class Trainer:
             "trained": [self.trained_seconds, self.trained_images],
             "history": self.rows,
         }
-        _save_whole(state, self.folder / "last" / "state.pt")
+        save_whole(state, self.folder / "last" / "state.pt")
         for file in (self.folder / "last").iterdir():
             stale = file.name.startswith("best-") and file != self._best_path()
             if stale or file.name.endswith(".tmp"):
@@ -522,52 +327,3 @@ class Trainer:
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{path} is missing or damaged ({error}).", hint="Train again with --force.") from None
         self.method.eval()
-
-
-def kept_epochs(folder: Path, fingerprint: str) -> dict[int, Path]:
-    """Return the weights that a training kept (`keep_epochs`), by epoch from 1.
-
-    Files of another training, and unreadable ones, are not among them.
-
-    Args:
-        folder: of the stage.
-        fingerprint: of the training.
-    """
-    return {epoch: path for path, epoch in _epoch_files(folder).items() if _fingerprint_of(path) == fingerprint}
-
-
-def _epoch_files(folder: Path) -> dict[Path, int]:
-    names = {path: re.fullmatch(r"epoch-(\d+)\.safetensors", path.name) for path in (folder / "epochs").glob("*")}
-    return {path: int(match[1]) for path, match in sorted(names.items()) if match}
-
-
-def _fingerprint_of(path: Path) -> str | None:
-    try:
-        with safe_open(path, framework="pt") as stream:
-            return (stream.metadata() or {}).get("fingerprint")
-    except (OSError, SafetensorError):
-        return None
-
-
-def _save_whole(state: Mapping[str, Any], path: Path) -> None:
-    """Write training state, whole or not at all, without a second copy in memory."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # PyTorch reports a full disk as a RuntimeError of its zip writer, and an interrupted one too.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise DataError(f"Cannot write {path}: {str(error).splitlines()[0]}.", hint="Is the disk full?") from None
-    finally:
-        # Gone after a success; an interrupt may come at any moment before.
-        temporary.unlink(missing_ok=True)
-
-
-def _tensors(method: Method) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in unique_state(method).items()}

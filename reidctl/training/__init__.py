@@ -1,0 +1,1 @@
+"""Training: settings, optimiser, batches, the loop and what it keeps on disk."""
