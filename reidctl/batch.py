@@ -156,11 +156,11 @@ class Batch:
 
     def image_of_text(self) -> Tensor:
         """Return which sample each text belongs to, shape (T,), int64."""
+        if self.has_text is None:
+            person = self.require("person")
+            return torch.arange(len(person), device=person.device)
         if self.text_row is not None:
             return self.text_row
-        person = self.require("person")
-        if self.has_text is None:
-            return torch.arange(len(person), device=person.device)
         return self.has_text.nonzero().flatten()
 
     def take(self, samples: Sequence[int]) -> "Batch":
@@ -209,7 +209,7 @@ class Batch:
 
     def located(self) -> "Batch":
         """Return the batch with `text_row`, so that nobody asks a device which samples have a text."""
-        return self if self.person is None else replace(self, text_row=self.image_of_text())
+        return self if self.has_text is None else replace(self, text_row=self.has_text.nonzero().flatten())
 
     def require(self, name: str) -> Tensor:
         """Return tensor `name`, which the caller cannot do without.
