@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from reidctl import parallel
 from reidctl.batch import Batch, Tokens
 from reidctl.data import Corpus, known_cameras
 from reidctl.errors import DataError
@@ -66,9 +67,11 @@ def embed_gallery_tasks(
     names = list(corpus.images["image_id"])
     cameras = known_cameras(corpus.images, method.cameras)
     pieces: dict[Task, list[Vector]] = {task: [] for task in method.tasks}
+    mine = parallel.share(len(store), batch)
+    threads = loader_threads(device.type)
     with torch.inference_mode():
         for rows, image in image_batches(
-            store, backbone.mean, backbone.std, batch=batch, threads=loader_threads(device.type)
+            store, backbone.mean, backbone.std, batch=batch, threads=threads, start=mine.start, stop=mine.stop
         ):
             tokens = {kind: backbone.tokenize(all_texts[rows]) for kind, all_texts in texts.items()}
             camera = None if cameras is None else cameras[rows]
@@ -78,10 +81,12 @@ def embed_gallery_tasks(
                 members.append(made[task].float().cpu().numpy())
             if advance:
                 advance(rows.stop - rows.start)
-    whole: dict[Task, Vector] = {
-        task: np.concatenate(members) if members else np.zeros((0, 0), np.float32) for task, members in pieces.items()
-    }
-    return _both(whole)
+    return _both({task: _gathered(members) for task, members in pieces.items()})
+
+
+def _gathered(pieces: Sequence[Vector]) -> Vector:
+    """The vectors of all processes, each of which made some."""
+    return parallel.gather_rows(np.concatenate(pieces) if pieces else np.zeros((0, 0), np.float32))
 
 
 def _both(vectors: Mapping[Task, Vector]) -> dict[Task, Vector]:
@@ -207,12 +212,14 @@ def embed_queries(
         key_of |= dict(zip(part, keys, strict=True))
         fresh = {key: row for row, key in reversed(list(enumerate(keys))) if key not in vector_of}
         rows = sorted(fresh.values())
-        for begin in range(0, len(rows), batch):
-            some = rows[begin : begin + batch]
-            made = _embed_tokens(method, tokens[torch.tensor(some)], device)
-            vector_of |= {keys[row]: vector for row, vector in zip(some, made, strict=True)}
+        mine, pieces = parallel.share(len(rows), batch), []
+        for begin in range(mine.start, mine.stop, batch):
+            some = rows[begin : min(begin + batch, mine.stop)]
+            pieces.append(_embed_tokens(method, tokens[torch.tensor(some)], device))
             if advance:
                 advance(len(some))
+        if rows:
+            vector_of |= {keys[row]: vector for row, vector in zip(rows, _gathered(pieces), strict=True)}
         if advance:
             advance(sum(times[text] for text in part) - len(rows))
     return np.stack([vector_of[key_of[text]] for text in texts]) if texts else np.zeros((0, 0), np.float32)

@@ -38,7 +38,7 @@ GROUPS = [
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 # What everything may use although it stands on the same level as some of its users.
-SERVICES = {"config", "console", "errors", "tables", "batch"}
+SERVICES = {"config", "console", "errors", "tables", "batch", "parts"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -171,7 +171,7 @@ def test_every_validated_epoch_is_kept_as_it_was_validated(blocks, tmp_path):
     config = SMALL.replace(keep_epochs=True, validate_every=2, epochs=5)
 
     def validate(method):
-        seen[one.step] = state(method)
+        seen[one.progress.step] = state(method)
         return {"rank1": 0.1, "mAP": 0.1}
 
     one = trainer(blocks, tmp_path, config, validate=validate)
@@ -354,20 +354,26 @@ def test_the_loaders_threads_do_not_change_the_weights(blocks, tmp_path):
 
 def test_a_training_that_waits_for_images_says_so_once(blocks, tmp_path, caplog, monkeypatch):
     one = trainer(blocks, tmp_path, SMALL.replace(epochs=2))
-    load = one.samples.__class__.__getitem__
+    load = one.feed.samples.__class__.__getitem__
     slow = lambda self, key: (time.sleep(0.1), load(self, key))[1]  # noqa: E731
-    monkeypatch.setattr(one.samples.__class__, "__getitem__", slow)
+    monkeypatch.setattr(one.feed.samples.__class__, "__getitem__", slow)
     with caplog.at_level("WARNING", "reidctl"):
         one.run()
     said = [record.message for record in caplog.records if "waits for images" in record.message]
     assert len(said) == 1 and "train.workers" in said[0]
 
 
+def batches_in(one, epoch):
+    """The sample numbers of an epoch's batches."""
+    plan = one.feed.plan(epoch)
+    return [plan.samples[places] for places in plan.batches]
+
+
 def batches_of(one):
     """The batches that a trainer's method sees."""
     seen = []
-    losses = one.method.losses
-    one.method.losses = lambda batch, stage: (seen.append(batch), losses(batch, stage))[1]
+    encode = one.method.encode
+    one.method.encode = lambda batch, stage: (seen.append(batch), encode(batch, stage))[1]
     one.run()
     return seen
 
@@ -477,11 +483,11 @@ def test_alternating_random_batches_come_from_one_dataset_each_and_need_no_k(blo
     without_captions(blocks, range(5, 8))
     images = tables.read_table(blocks / "images.parquet", "images")
     one = trainer(blocks, tmp_path, SMALL.replace(sampler="random", batch=5, instances=3), name="irra")
-    assert len(images) == 24 and all(len(batch) for batch in one._batches(0))
+    assert len(images) == 24 and all(len(batch) for batch in batches_in(one, 0))
     # All captions are of one dataset: the batches are the random ones.
     alternating = trainer(blocks, tmp_path, SMALL.replace(sampler="alternating-random", batch=5), name="irra")
-    assert [b.tolist() for b in alternating._batches(1)] == [b.tolist() for b in one._batches(1)]
-    assert [b.tolist() for b in alternating._batches(1)] != [b.tolist() for b in alternating._batches(2)]
+    assert [b.tolist() for b in batches_in(alternating, 1)] == [b.tolist() for b in batches_in(one, 1)]
+    assert [b.tolist() for b in batches_in(alternating, 1)] != [b.tolist() for b in batches_in(alternating, 2)]
     alternating.samples.domain_of_row = np.arange(24) % 2
-    for batch in alternating._batches(0):
+    for batch in batches_in(alternating, 0):
         assert len(set(batch % 2)) == 1

@@ -112,6 +112,8 @@ class Tower(nn.Module, ABC):
     """Where each pass leaves its attention probabilities, block by block; see `recording`."""
     record_from = 0
     """The first block that `recorded` holds."""
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    """What runs a block in training in place of `run_block`, with the same result; see `training.compiling`."""
 
     @property
     @abstractmethod
@@ -136,6 +138,10 @@ class Tower(nn.Module, ABC):
 
         With `alike` the tokens behind the first `classes` compare keys with keys, or values with values.
         """
+
+    def through(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return what `run_block` does, by the compiled form of it in training, if there is one."""
+        return self.run_block(block, *inputs) if self.compiled is None else self.compiled(block, *inputs)
 
     def run_blocks(
         self,
@@ -164,9 +170,10 @@ class Tower(nn.Module, ABC):
             kept = attention is True or (attention == "last" and number == count - 1)
             record = recorded is not None and number >= self.record_from
             if self.checkpointing and self.training and not (kept or record):
-                tokens, _ = checkpoint(self.run_block, block, tokens, near, False, alike, classes, use_reentrant=False)
+                tokens, _ = checkpoint(self.through, block, tokens, near, False, alike, classes, use_reentrant=False)
                 continue
-            tokens, probabilities = self.run_block(block, tokens, near, kept or record, alike, classes)
+            run = self.through if self.training and not (kept or record) else self.run_block
+            tokens, probabilities = run(block, tokens, near, kept or record, alike, classes)
             if probabilities is not None and kept:
                 maps.append(probabilities)
             if probabilities is not None and recorded is not None and record:

@@ -19,6 +19,7 @@ _UNFINISHED = {
     "pending": "pending",
     "part": "one part",
     "dry-run": "dry run",
+    "trial": "trial",
     "cancelled": "cancelled",
     "budget": "stopped",
 }

@@ -16,21 +16,28 @@ def command(
         str | None, typer.Option(help="A method or preset that learns prompts, e.g. hpl, clip-reid, mta-clip-tiny.")
     ] = None,
     device: o.Device = None,
+    devices: o.Devices = None,
     data: o.Data = None,
     captions: o.Captions = None,
     recipe: o.Recipe = None,
     set_: o.Set = None,
     seed: o.Seed = None,
+    resume: o.Resume = False,
     force: o.Force = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Learn prompts while both encoders are frozen: stage I, before `finetune`. Killed runs continue."""
     merged = o.prepare(recipe, set_, seed, quiet)
+    o.spread(devices, device)
     from reidctl.runs import Run
     from reidctl.stages import prompt_stage
 
-    record = prompt_stage.run(Run(run), merged, method=method, data=data, captions=captions, device=device, force=force)
+    record = prompt_stage.run(
+        Run(run), merged, method=method, data=data, captions=captions, device=device, force=force, resume=resume
+    )
+    if not o.speaks():
+        return
     losses = ", ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in record["metrics"].items())
     lines = [
         f"{record['method']}: prompts of {record['people']:,} people, {record['parameters'] / 1e6:.2f} M parameters "

@@ -317,6 +317,11 @@ class Method(nn.Module, ABC):
         """Prepare for a training stage, once the starting weights are loaded; also before a killed one goes on."""
 
     @property
+    def balances(self) -> bool:
+        """Whether a training step needs the gradients of single losses."""
+        return False
+
+    @property
     def surveys(self) -> bool:
         """Whether it looks at all training samples before each epoch of `finetune`."""
         return False
@@ -567,15 +572,20 @@ def save_method(method: Method, folder: Path) -> list[Path]:
 
 def unique_state(method: nn.Module) -> dict[str, Tensor]:
     """Return the state dictionary without second names of one tensor, which safetensors refuses."""
+    return unique_tensors(method.state_dict())
+
+
+def unique_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return named tensors without second names of one."""
     seen: dict[int, str] = {}
-    state: dict[str, Tensor] = {}
-    for name, value in method.state_dict().items():
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
         key = value.data_ptr()
-        if value.numel() and key in seen and state[seen[key]].shape == value.shape:
+        if value.numel() and key in seen and found[seen[key]].shape == value.shape:
             continue
         seen[key] = name
-        state[name] = value
-    return state
+        found[name] = value
+    return found
 
 
 def load_method(folder: Path, device: torch.device | str = "cpu") -> Method:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from reidctl import tables
+from reidctl import parallel, tables
 from reidctl.backbones.base import Backbone
 from reidctl.backbones.statistics import check_statistics
 from reidctl.backbones.weights import build
@@ -25,6 +25,7 @@ from reidctl.stages.phrases import phrase_source
 from reidctl.stages.sources import DataSettings, Source
 from reidctl.training.batches import epoch_batches
 from reidctl.training.config import PromptConfig, TrainConfig
+from reidctl.training.loop import Outcome
 
 
 class BackboneSettings(Section):
@@ -277,6 +278,17 @@ def _starting_towers(towers: BackboneSettings) -> Backbone:
                 hint="Use the same, or another run to start from.",
             )
     return backbone
+
+
+def speed_facts(outcome: Outcome) -> dict[str, Any]:
+    """What a record says about the speed of a training."""
+    return {
+        "devices": parallel.place().world,
+        "images_per_second": round(outcome.images_per_second, 1),
+        # The loader alone and the step alone: which of the two training waits for.
+        "loader_images_per_second": last_value(outcome.history, "loader_images_per_second"),
+        "step_images_per_second": last_value(outcome.history, "step_images_per_second"),
+    }
 
 
 def last_value(history: pd.DataFrame, name: str) -> float | None:

@@ -1,6 +1,7 @@
 """`finetune`: train a retrieval model; the epoch is chosen on validation people."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from reidctl import tables
+from reidctl import parallel, tables
 from reidctl.console import log
 from reidctl.data import Corpus, TrainingSet, camera_names, check_datasets, training_part
 from reidctl.datasets.leaks import guard, seen_table
@@ -28,9 +29,122 @@ from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
 from reidctl.training.config import TrainConfig
 from reidctl.training.loop import Outcome, Trainer, Validate
-from reidctl.training.state import kept_epochs
+from reidctl.training.state import kept_epochs, require_state
+from reidctl.training.tracking import require_trackers
 
 STAGE = "finetune"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training whose settings and inputs were looked at; nothing has been loaded or written.
+
+    Attributes:
+        resolved: the settings that decide what it leaves, for the record.
+        inputs: digests of what it reads.
+        target: the device.
+        prompts: the run whose prompt stage it builds on.
+        notes: of the leak check.
+    """
+
+    run: Run
+    checked: Settings
+    training: TrainConfig
+    target: torch.device
+    source: Source
+    seed: int
+    resolved: dict[str, Any]
+    inputs: dict[str, str]
+    prompts: Run | None
+    notes: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes."""
+        return self.run.stage_dir(STAGE)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of settings and inputs."""
+        return fingerprint(self.resolved, self.inputs)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The untrained model on its starting weights, its training set, and the split that chooses the epoch."""
+
+    model: Method
+    samples: TrainingSet
+    train: Corpus
+    chosen: Corpus
+
+
+def prepare(
+    run: Run,
+    recipe: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    data: Path | None = None,
+    captions: Path | None = None,
+    device: str | None = None,
+) -> Prepared:
+    """Return a training as the settings ask for it; see `run`.
+
+    Raises:
+        UsageError: a setting is wrong.
+        DataError: the data leak, or the method builds on a prompt stage that has not finished or ran otherwise.
+    """
+    recipe = building.resolve(recipe, method)
+    checked = building.check(recipe)
+    training = checked.training if device is None else checked.training.replace(device=device)
+    require_trackers(training)
+    target = resolve_device(training.device)
+    source = find_source(run, data, captions)
+    seed = int(recipe.get("seed", 0))
+    resolved = {
+        "seed": seed,
+        "method": {"name": checked.name, **checked.method.model_dump()},
+        # Where the starting run lies does not matter, what it learnt does: `inputs` has its digest.
+        "backbone": building.towers_that_matter(checked.towers),
+        # What cannot change the weights does not make a training another one.
+        "train": building.what_matters(training),
+        "device": target.type,
+        # Only where it is used: runs from before it existed stay up to date.
+        **building.where_used(checked.handling),
+        **building.phrase_settings(checked),
+    }
+    inputs = source.digests() | building.start_digest(checked.towers) | building.phrase_digest(checked)
+    images = tables.read_table(source.images, "images")
+    check_datasets(images, checked.handling.datasets)
+    prompts = _prompts(run, checked, source)
+    if prompts is not None:
+        inputs["prompts"] = digest(prompt_stage.prompts_file(prompts))
+    # Before asking whether anything changed: a stricter check must not be skipped.
+    notes = guard(images, checked.handling.leak_check)
+    return Prepared(run, checked, training, target, source, seed, resolved, inputs, prompts, notes)
+
+
+def load(asked: Prepared) -> Loaded:
+    """Return the model and what it trains on.
+
+    Raises:
+        UsageError: the settings contradict each other or the data.
+        DataError: too few people, a text that the method needs is missing, ...
+    """
+    checked, training, seed = asked.checked, asked.training, asked.seed
+    corpus = building.corpus_of(asked.source, checked.handling, seed)
+    train = training_part(corpus.of_split("train"), checked.handling.part)
+    chosen = corpus.of_split(training.select)
+    model = building.build_model(train, checked, training, seed)
+    building.require_losses(model, STAGE)
+    # The first process finds phrases and keeps them; the others read what it kept.
+    with parallel.first_then_others():
+        phrases = building.find_phrases(asked.run, asked.source, checked.phrases) if model.reads_phrases else None
+        samples = building.training_set(train, model, training, seed, phrases)
+    building.require_batches(samples, training, seed)
+    if asked.prompts is not None:
+        prompt_stage.hand_over(asked.prompts, model, samples.persons)
+    return Loaded(model, samples, train, chosen)
 
 
 def run(
@@ -42,8 +156,11 @@ def run(
     captions: Path | None = None,
     device: str | None = None,
     force: bool = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train a method on a dataset and write model, history and record.
+
+    Under torchrun, Slurm or `--devices` every process calls it; the first one writes, and all return the record.
 
     Args:
         run: where the stage writes.
@@ -53,105 +170,82 @@ def run(
         captions: the table of identity and clothing texts; default: the run's.
         device: wins over `train.device`.
         force: train again even if nothing changed.
+        resume: refuse to begin anew: a training that was stopped must be there.
 
     Returns:
         The stage's record with `status` `done` or `up-to-date`.
 
     Raises:
-        DataError: the method builds on a prompt stage that has not finished, or was run with other settings.
+        DataError: the method builds on a prompt stage that has not finished, or was run with other settings; or there
+            is nothing to resume.
     """
-    recipe = building.resolve(recipe, method)
-    checked = building.check(recipe)
-    name, towers, handling = checked.name, checked.towers, checked.handling
-    training = checked.training if device is None else checked.training.replace(device=device)
-    target = resolve_device(training.device)
-    source = find_source(run, data, captions)
-    seed = int(recipe.get("seed", 0))
-    resolved = {
-        "seed": seed,
-        "method": {"name": name, **checked.method.model_dump()},
-        # Where the starting run lies does not matter, what it learnt does: `inputs` has its digest.
-        "backbone": building.towers_that_matter(towers),
-        # What cannot change the weights does not make a training another one.
-        "train": building.what_matters(training),
-        "device": target.type,
-        # Only where it is used: runs from before it existed stay up to date.
-        **building.where_used(handling),
-        **building.phrase_settings(checked),
-    }
-    inputs = source.digests() | building.start_digest(towers) | building.phrase_digest(checked)
-    images = tables.read_table(source.images, "images")
-    check_datasets(images, handling.datasets)
-    prompts = _prompts(run, checked, source)
-    if prompts is not None:
-        inputs["prompts"] = digest(prompt_stage.prompts_file(prompts))
-    # Before asking whether anything changed: a stricter check must not be skipped.
-    notes = guard(images, handling.leak_check)
-    current = None if force else run.up_to_date(STAGE, resolved, inputs)
-    if current is not None:
-        return {**current, "status": "up-to-date"}
-    started = datetime.now(UTC)
-    corpus = building.corpus_of(source, handling, seed)
-    train = training_part(corpus.of_split("train"), handling.part)
-    chosen = corpus.of_split(training.select)
-    model = building.build_model(train, checked, training, seed)
-    building.require_losses(model, STAGE)
-    phrases = building.find_phrases(run, source, checked.phrases) if model.reads_phrases else None
-    samples = building.training_set(train, model, training, seed, phrases)
-    building.require_batches(samples, training, seed)
-    if prompts is not None:
-        prompt_stage.hand_over(prompts, model, samples.persons)
-    # Whatever the settings can be wrong about has been looked at; only now does the old result go.
-    run.unfinish(STAGE)
-    folder = run.stage_dir(STAGE)
+    asked = prepare(run, recipe, method=method, data=data, captions=captions, device=device)
+    with parallel.joined(asked.target.type):
+        current = parallel.first_does(lambda: None if force else run.up_to_date(STAGE, asked.resolved, asked.inputs))
+        if current is not None:
+            return {**current, "status": "up-to-date"}
+        if resume:
+            require_state(asked.folder / "last" / "state.pt", asked.fingerprint)
+        started = datetime.now(UTC)
+        loaded = load(asked)
+        parallel.first_does(lambda: _clear(asked, force))
+        outcome = _train(asked, loaded)
+        record = parallel.first_does(lambda: _finish(asked, loaded, outcome, started))
+    return {**record, "status": "done"}
+
+
+def _clear(asked: Prepared, force: bool) -> None:
+    """Whatever the settings can be wrong about has been looked at; only now does the old result go."""
+    asked.run.unfinish(STAGE)
     if force:
-        (folder / "last" / "state.pt").unlink(missing_ok=True)
-    fresh = fingerprint(resolved, inputs)
-    outcome = _train(model, samples, chosen, training, folder, seed, fresh)
+        (asked.folder / "last" / "state.pt").unlink(missing_ok=True)
+
+
+def _finish(asked: Prepared, loaded: Loaded, outcome: Outcome, started: datetime) -> dict[str, Any]:
+    """Write what the training leaves; return its record."""
+    training, checked, source, folder = asked.training, asked.checked, asked.source, asked.folder
+    model = loaded.model
     history = folder / "history.parquet"
     tables.write_table(history, "history", outcome.history)
-    seen = run.table(STAGE, "seen")
-    tables.write_table(seen, "seen", _seen(train.images, source, towers.start))
+    seen = asked.run.table(STAGE, "seen")
+    tables.write_table(seen, "seen", _seen(loaded.train.images, source, checked.towers.start))
     # Kept epochs are no outputs: whoever deletes them to win space must not train again.
-    kept = kept_epochs(folder, fresh)
+    kept = kept_epochs(folder, asked.fingerprint)
     outputs = [*save_method(model.cpu(), folder), history, seen]
     raised = alarms(outcome.history)
     for alarm in raised:
         log.warning(alarm)
-    record = run.finish(
+    return asked.run.finish(
         STAGE,
-        settings=resolved,
-        inputs=inputs,
+        settings=asked.resolved,
+        inputs=asked.inputs,
         outputs=outputs,
         started=started,
-        device=str(target),
+        device=str(asked.target),
         metrics={f"{training.select}.{training.select_metric}": outcome.best_value},
         extra={
             "data": str(source.folder.resolve()),
             "described": str(source.described.resolve()) if source.described else None,
-            "method": name,
+            "method": checked.name,
             "train_people": model.persons,
-            "start": building.start_path(towers),
-            "prompts": _told(prompts),
-            "notes": notes,
+            "start": building.start_path(checked.towers),
+            "prompts": _told(asked.prompts),
+            "notes": asked.notes,
             "best_epoch": outcome.best_epoch + 1,
             "epochs": training.epochs,
+            "stopped_early": outcome.stopped,
             "selected_on": training.select,
             "select_metric": training.select_metric,
             "kept_epochs": sorted(kept),
             "kept_bytes": sum(path.stat().st_size for path in kept.values()),
-            "images_per_second": round(outcome.images_per_second, 1),
-            # The loader alone and the step alone: which of the two training waits for.
-            "loader_images_per_second": building.last_value(outcome.history, "loader_images_per_second"),
-            "step_images_per_second": building.last_value(outcome.history, "step_images_per_second"),
+            **building.speed_facts(outcome),
             "resumed_from_epoch": outcome.resumed_from,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            **({"alarms": raised} if prompts is not None or raised else {}),
+            **({"alarms": raised} if asked.prompts is not None or raised else {}),
             "training_seconds": round(outcome.seconds, 3),
             **model.training_facts(),
         },
     )
-    return {**record, "status": "done"}
 
 
 def _prompts(run: Run, checked: Settings, source: Source) -> Run | None:
@@ -171,19 +265,33 @@ def _told(prompts: Run | None) -> dict[str, Any] | None:
     return {"run": str(prompts.path.resolve()), **{name: record[name] for name in ("training_seconds", "seconds")}}
 
 
-def _train(
-    model: Method, samples: TrainingSet, chosen: Corpus, training: TrainConfig, folder: Path, seed: int, digest: str
-) -> Outcome:
+def _train(asked: Prepared, loaded: Loaded) -> Outcome:
+    training = asked.training
     if training.select == "test":
         log.warning("The epoch is chosen on the TEST split: the result is not a test of anything unseen.")
-    store = PixelStore(
-        chosen.paths(),
-        model.backbone.image_size,
-        cache_bytes=training.cache_mb << 20,
-        interpolation=model.backbone.interpolation,
+    trainer = Trainer(
+        loaded.model,
+        loaded.samples,
+        validation(loaded, training),
+        training,
+        asked.folder,
+        seed=asked.seed,
+        stage=STAGE,
+        fingerprint=asked.fingerprint,
     )
-    validate = _validation(chosen, store, resolve_device(training.device))
-    return Trainer(model, samples, validate, training, folder, seed=seed, stage=STAGE, fingerprint=digest).run()
+    return trainer.run()
+
+
+def validation(loaded: Loaded, training: TrainConfig) -> Validate:
+    """Return what measures a model on the split that chooses the epoch."""
+    backbone = loaded.model.backbone
+    store = PixelStore(
+        loaded.chosen.paths(),
+        backbone.image_size,
+        cache_bytes=training.cache_mb << 20,
+        interpolation=backbone.interpolation,
+    )
+    return _validation(loaded.chosen, store, parallel.own_device(resolve_device(training.device)))
 
 
 def _seen(train: pd.DataFrame, source: Source, start: Path | None) -> pd.DataFrame:

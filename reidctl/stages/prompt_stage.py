@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from reidctl import tables
+from reidctl import parallel, tables
 from reidctl.console import progress
 from reidctl.data import TrainingSet, training_part
 from reidctl.datasets.leaks import guard
@@ -26,6 +26,8 @@ from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
 from reidctl.training.config import PromptConfig
 from reidctl.training.loop import Outcome, Trainer
+from reidctl.training.state import require_state
+from reidctl.training.tracking import require_trackers
 
 STAGE = "prompt-stage"
 _SPOILT = ("caption_noise", "caption_noise_kind", "part", "datasets")
@@ -40,6 +42,7 @@ def run(
     captions: Path | None = None,
     device: str | None = None,
     force: bool = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Learn prompts on frozen encoders and write them, their modules and a record.
 
@@ -54,6 +57,7 @@ def run(
         captions: the table of identity and clothing texts; default: the run's.
         device: wins over `prompt.device`.
         force: train again even if nothing changed.
+        resume: refuse to begin anew: a training that was stopped must be there.
 
     Returns:
         The stage's record with `status` `done` or `up-to-date`.
@@ -65,6 +69,7 @@ def run(
     checked = building.check(recipe)
     _check(checked)
     training = checked.prompts if device is None else checked.prompts.replace(device=device)
+    require_trackers(training)
     target = resolve_device(training.device)
     source = find_source(run, data, captions)
     seed = int(recipe.get("seed", 0))
@@ -78,9 +83,29 @@ def run(
     }
     inputs = source.digests() | building.start_digest(checked.towers)
     notes = guard(tables.read_table(source.images, "images"), checked.handling.leak_check)
-    current = None if force else run.up_to_date(STAGE, resolved, inputs)
-    if current is not None:
-        return {**current, "status": "up-to-date"}
+    with parallel.joined(target.type):
+        current = parallel.first_does(lambda: None if force else run.up_to_date(STAGE, resolved, inputs))
+        if current is not None:
+            return {**current, "status": "up-to-date"}
+        if resume:
+            require_state(run.stage_dir(STAGE) / "last" / "state.pt", fingerprint(resolved, inputs))
+        record = _learn(run, checked, training, target, source, seed, resolved, inputs, notes, force)
+    return {**record, "status": "done"}
+
+
+def _learn(
+    run: Run,
+    checked: Settings,
+    training: PromptConfig,
+    target: torch.device,
+    source: Source,
+    seed: int,
+    resolved: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    notes: list[str],
+    force: bool,
+) -> dict[str, Any]:
+    """Train, write what that leaves and return the record."""
     started = datetime.now(UTC)
     corpus = building.corpus_of(source, checked.handling, seed)
     train = training_part(corpus.of_split("train"), checked.handling.part)
@@ -88,47 +113,54 @@ def run(
     building.require_losses(model, STAGE)
     samples = building.training_set(train, model, training, seed)
     building.require_batches(samples, training, seed)
-    # Whatever the settings can be wrong about has been looked at; only now does the old result go.
-    run.unfinish(STAGE)
     folder = run.stage_dir(STAGE)
-    if force:
-        (folder / "last" / "state.pt").unlink(missing_ok=True)
+    parallel.first_does(lambda: _clear(run, folder, force))
     fresh = fingerprint(resolved, inputs)
     before = _encoders(model)
-    samples.frozen = _freeze(model, samples, training, folder / "frozen", fresh, target)
+    # The first process encodes and keeps; the others open what it kept.
+    with parallel.first_then_others():
+        samples.frozen = _freeze(model, samples, training, folder / "frozen", fresh, target)
     began = datetime.now(UTC)
     outcome = Trainer(model, samples, None, training, folder, seed=seed, stage=STAGE, fingerprint=fresh).run()
     model = model.cpu().eval()
     if _encoders(model) != before:
         raise RuntimeError("a frozen encoder changed in the prompt stage")
-    outputs = _write(run, model, samples.persons, outcome)
-    forget_features(folder / "frozen")
-    record = run.finish(
-        STAGE,
-        settings=resolved,
-        inputs=inputs,
-        outputs=outputs,
-        started=started,
-        device=str(target),
-        metrics=_last_losses(outcome.history),
-        extra={
-            "data": str(source.folder.resolve()),
-            "method": checked.name,
-            "people": len(samples.persons),
-            "people_digest": people_digest(samples.persons),
-            "start": building.start_path(checked.towers),
-            "epochs": training.epochs,
-            "notes": notes,
-            "parameters": sum(value.numel() for value in model.prompt_state().values()),
-            "images_per_second": round(outcome.images_per_second, 1),
-            "loader_images_per_second": building.last_value(outcome.history, "loader_images_per_second"),
-            "step_images_per_second": building.last_value(outcome.history, "step_images_per_second"),
-            "training_seconds": round(outcome.seconds, 3),
-            "encoding_seconds": round((began - started).total_seconds(), 3),
-            "resumed_from_epoch": outcome.resumed_from,
-        },
-    )
-    return {**record, "status": "done"}
+
+    def finish() -> dict[str, Any]:
+        outputs = _write(run, model, samples.persons, outcome)
+        forget_features(folder / "frozen")
+        return run.finish(
+            STAGE,
+            settings=resolved,
+            inputs=inputs,
+            outputs=outputs,
+            started=started,
+            device=str(target),
+            metrics=_last_losses(outcome.history),
+            extra={
+                "data": str(source.folder.resolve()),
+                "method": checked.name,
+                "people": len(samples.persons),
+                "people_digest": people_digest(samples.persons),
+                "start": building.start_path(checked.towers),
+                "epochs": training.epochs,
+                "notes": notes,
+                "parameters": sum(value.numel() for value in model.prompt_state().values()),
+                **building.speed_facts(outcome),
+                "training_seconds": round(outcome.seconds, 3),
+                "encoding_seconds": round((began - started).total_seconds(), 3),
+                "resumed_from_epoch": outcome.resumed_from,
+            },
+        )
+
+    return parallel.first_does(finish)
+
+
+def _clear(run: Run, folder: Path, force: bool) -> None:
+    """Whatever the settings can be wrong about has been looked at; only now does the old result go."""
+    run.unfinish(STAGE)
+    if force:
+        (folder / "last" / "state.pt").unlink(missing_ok=True)
 
 
 def _check(checked: Settings) -> None:

@@ -1,11 +1,15 @@
-"""One loop for every method and training stage: deterministic, resumable, selected on validation."""
+"""One loop for every method and training stage: deterministic, resumable, selected on validation.
 
-import itertools
-import json
+`step.py` computes a step, `feed.py` loads, `state.py` keeps what a killed training continues from, `watch.py` stops it
+when numbers are not finite. On several processes all run this loop; the first one writes and speaks.
+"""
+
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +20,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from reidctl import tables
-from reidctl.batch import Batch
+from reidctl import parallel, tables
 from reidctl.console import log, progress
-from reidctl.data import Key, TrainingSet
+from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
 from reidctl.errors import DataError
-from reidctl.loading import load_ahead, loader_threads
-from reidctl.methods.base import Method
-from reidctl.training.batches import epoch_batches
+from reidctl.methods.base import Look, Method
+from reidctl.training.compiling import compile_blocks
 from reidctl.training.config import TrainConfig
+from reidctl.training.ema import Average
+from reidctl.training.feed import EpochPlan, Feed
 from reidctl.training.optimizer import build_optimizer, learning_rate_factor
-from reidctl.training.state import epoch_files, kept_epochs, save_whole, tensors
+from reidctl.training.sharding import Sharded, copy_to_share, fill, full, require_shardable, share_state
+from reidctl.training.state import Progress, epoch_files, kept_epochs, read_state, save_whole, tensors
+from reidctl.training.step import Done, Losses, Step
+from reidctl.training.tracking import Tracker, open_trackers
+from reidctl.training.watch import Watch
 
 Validate = Callable[[Method], dict[str, float]]
 
 
-# How much of the first epoch is loaded once more to know the loader's own speed.
-_LOADER_BATCHES, _LOADER_SECONDS = 16, 3.0
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """What training leaves: the history, the chosen epoch (0-based) and its value."""
+    """What training leaves: the history, the chosen epoch (0-based) and its value.
+
+    Attributes:
+        seconds: spent in steps, in all sessions together.
+        resumed_from: the epoch that this session began with (0-based).
+        stopped: whether `patience` ended it before its last epoch.
+    """
 
     history: pd.DataFrame
     best_epoch: int
@@ -46,13 +56,15 @@ class Outcome:
     seconds: float
     images_per_second: float
     resumed_from: int
+    stopped: bool = False
 
 
 class Trainer:
     """The training loop.
 
-    After every epoch all state goes to `folder/last/state.pt`, replaced atomically; a run that was killed continues
-    after its last whole epoch and ends with the same weights, bit for bit on the CPU, as one that was not.
+    After every epoch, and every `save_steps` steps, all state goes to `folder/last/state.pt`, replaced atomically; a
+    run that was killed continues from there and ends with the same weights, bit for bit on the CPU, as one that was
+    not.
 
     Args:
         method: what is trained, on the CPU.
@@ -77,19 +89,35 @@ class Trainer:
         stage: str,
         fingerprint: str,
     ) -> None:
-        self.device = resolve_device(config.device)
-        self.method = method.to(self.device)
-        self.samples, self.validate, self.config = samples, validate, config
+        self.device = parallel.own_device(resolve_device(config.device))
+        self.place = parallel.place()
+        self.validate, self.config = validate, config
         self.folder, self.seed, self.stage, self.fingerprint = folder, seed, stage, fingerprint
-        self.optimizer = build_optimizer(method, stage, config)
-        self.rows: list[dict[str, Any]] = []
-        self.step = 0
-        self.best_epoch, self.best_value = -1, -math.inf
-        self.trained_seconds = 0.0
-        self.trained_images = 0
-        self.threads = loader_threads(self.device.type) if config.workers is None else config.workers
+        self.whole, self.method = method, method
+        self.sharded: Sharded | None = None
+        self._put(method)
+        self.feed = Feed(samples, config, seed, self.device)
+        self.optimizer = build_optimizer(self.method, stage, config)
+        self.average = None if config.ema is None else Average(method, config.ema)
+        self.watch = Watch(folder, self.device)
+        self.progress = Progress()
+        self.tracker = Tracker([])
         self.loader_rate = math.inf
         self._complained = False
+
+    def _put(self, method: Method) -> None:
+        """Put the method on the device, whole or shared out."""
+        if self.place.world > 1 and self.config.parallel == "fsdp":
+            require_shardable(method, self.config)
+            # Which parameters train must be known before they are shared out.
+            build_optimizer(method, self.stage, self.config)
+            method.begin(self.stage)
+            self.method = copy_to_share(method, self.device)
+            self.sharded = Sharded(Losses(self.method, self.stage), self.method, self.device)
+            return
+        self.method = method.to(self.device)
+        if self.config.channels_last:
+            self.method.to(memory_format=torch.channels_last)
 
     def run(self) -> Outcome:
         """Train to the end, leave the best weights in the method, and return the history.
@@ -98,60 +126,44 @@ class Trainer:
             DataError: a loss is not finite, an image cannot be read, or the disk is full.
         """
         first = self._resume()
-        self.method.begin(self.stage)
-        self._forget_epochs(first)
+        if self.sharded is None:
+            self.method.begin(self.stage)
+        parallel.first_does(lambda: self._forget_epochs(first))
         if self.config.epochs == 0:
             self._untrained()
-        # One epoch tells the length of all: they differ by a few batches at most.
-        images = 0
-        if first < self.config.epochs:
-            batches = self._batches(first)
-            images = sum(map(len, batches)) * (self.config.epochs - first)
-            self._measure_loader(first, batches)
-        with progress(f"{self.stage} {self.method.name}", images) as advance:
-            for epoch in range(first, self.config.epochs):
-                self._epoch(epoch, advance)
+        if first < self.config.epochs and not self.progress.stopped:
+            self._train(first)
         self._restore_best()
-        rate = self.trained_images / max(self.trained_seconds, 1e-9)
-        history = pd.DataFrame(self.rows)
-        return Outcome(history, self.best_epoch, self.best_value, self.trained_seconds, rate, first)
+        done = self.progress
+        rate = done.images / max(done.seconds, 1e-9)
+        history = pd.DataFrame(done.rows)
+        return Outcome(history, done.best_epoch, done.best_value, done.seconds, rate, first, done.stopped)
+
+    def _train(self, first: int) -> None:
+        # One epoch tells the length of all: they differ by a few batches at most.
+        plan = self.feed.plan(first)
+        if self.config.compile and self.sharded is None:
+            compile_blocks(self.method, self.config)
+        self.step = Step(self.method, self.optimizer, self.config, self.stage, self.sharded)
+        with open_trackers(self.config, self.folder, self.stage) as self.tracker:
+            if not self.progress.within:
+                self.loader_rate = self.feed.measure(plan) * self.place.world
+                self._log(first, "train", {"loader_images_per_second": self.loader_rate})
+            images = plan.images * self.place.world * (self.config.epochs - first)
+            with progress(f"{self.stage} {self.method.name}", images) as advance:
+                for epoch in range(first, self.config.epochs):
+                    self._epoch(plan if epoch == first else self.feed.plan(epoch), advance)
+                    if self.progress.stopped:
+                        break
 
     def _untrained(self) -> None:
         """Zero-shot: validate the weights as they are."""
         self.method.eval()
         if self.validate is None:
             return
-        found = self.validate(self.method)
+        found = parallel.from_first(self.validate(self.method))
         self._log(0, self.config.select, found)
-        self.best_value = found[self.config.select_metric]
-
-    def _batches(self, epoch: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        return epoch_batches(self.samples, self.config, self.seed, epoch)
-
-    def _load(self, epoch: int, batches: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Generator[Batch]:
-        keys: list[list[Key]] = []
-        position = 0
-        for batch in batches:
-            keys.append([(epoch, int(sample), position + place) for place, sample in enumerate(batch)])
-            position += len(batch)
-        return load_ahead(self._batch, keys, threads=self.threads)
-
-    def _batch(self, keys: list[Key]) -> Batch:
-        batch = self.samples.collate([self.samples[key] for key in keys])
-        return batch.pin() if self.device.type == "cuda" else batch
-
-    def _measure_loader(self, epoch: int, batches: list[np.ndarray[Any, np.dtype[np.int64]]]) -> None:
-        """Log how fast the loader is when nobody else computes, over the first batches; they are loaded again."""
-        started = time.monotonic()
-        images = 0
-        loading = self._load(epoch, batches)
-        for batch in itertools.islice(loading, _LOADER_BATCHES):
-            images += len(batch)
-            if time.monotonic() - started > _LOADER_SECONDS:
-                break
-        loading.close()
-        self.loader_rate = images / (time.monotonic() - started)
-        self._log(epoch, "train", {"loader_images_per_second": self.loader_rate})
+        self.progress.best_value = found[self.config.select_metric]
 
     def _compare_rates(self, step_rate: float) -> None:
         """Say once if training waits for images, and what helps."""
@@ -159,95 +171,113 @@ class Trainer:
             self._complained = True
             log.warning(
                 f"Training waits for images: the loader alone gives {self.loader_rate:,.0f} images/s, a step "
-                f"could take {step_rate:,.0f}. Raise train.workers ({self.threads} now) or train.cache_mb."
+                f"could take {step_rate:,.0f}. Raise train.workers ({self.feed.threads} now) or train.cache_mb."
             )
 
-    def _epoch(self, epoch: int, advance: Callable[..., None]) -> None:
-        # Dropout and masking draw from the process-wide generator: one seed per epoch makes an epoch a unit.
-        torch.manual_seed(self.seed * 1_000_003 + epoch)
-        self.method.train()
-        batches = self._batches(epoch)
-        waited = 0.0
-        started = mark = time.monotonic()
-        images = 0
-        for number, batch in enumerate(self._load(epoch, batches)):
-            waited += time.monotonic() - mark
-            self._set_rates(epoch + (number / len(batches) if self.config.schedule_by == "step" else 0))
-            self._step(batch, epoch, last=number == len(batches) - 1)
-            images += len(batch)
-            advance(len(batch))
+    # An epoch
+
+    def _epoch(self, plan: EpochPlan, advance: Callable[..., None]) -> None:
+        start = self._enter(plan)
+        within = self.progress
+        total = len(plan.batches)
+        mark = time.monotonic()
+        for number, batch in enumerate(self.feed.load(plan, start), start):
+            within.waited += time.monotonic() - mark
+            self._set_rates(plan.epoch + (number / total if self.config.schedule_by == "step" else 0))
+            last = number == total - 1
+            reporting = within.step % self.config.log_every == 0 or last
+            check = partial(self.watch.look, batch=batch, epoch=plan.epoch, step=within.step)
+            done = self.step(batch, reporting=reporting, check=check)
+            if self.average is not None:
+                self.average.update()
+            if reporting:
+                self.watch.settle()
+                self._report(plan.epoch, done)
+            images = len(batch) * self.place.world
+            within.count(images, time.monotonic() - mark, number + 1)
+            advance(images)
+            if self.config.save_steps and within.step % self.config.save_steps == 0 and not last:
+                self._save(plan.epoch)
             mark = time.monotonic()
-        seconds = time.monotonic() - started
-        self.trained_seconds += seconds
-        self.trained_images += images
-        step_rate = images / max(seconds - waited, 1e-9)
-        rates = {"images_per_second": images / seconds, "step_images_per_second": step_rate}
-        self._log(epoch, "train", {**rates, "loader_share": waited / seconds})
+        self._leave(plan.epoch)
+
+    def _enter(self, plan: EpochPlan) -> int:
+        """Prepare for an epoch; return the number of its batches that are done."""
+        start = self.progress.within
+        if start:
+            self.progress.restore_random(self.device, self.seed)
+        else:
+            # Dropout and masking draw from the process-wide generator: one seed per epoch makes an epoch a unit.
+            torch.manual_seed(self.seed * 1_000_003 + plan.epoch + self.place.rank * 1_000_000_007)
+            self.progress.begin_epoch()
+            if self.stage == "finetune" and self.method.surveys:
+                self.method.begin_epoch(plan.epoch, lambda look: self._survey(plan, look))
+        self.method.train()
+        return start
+
+    def _leave(self, epoch: int) -> None:
+        self.watch.settle()
+        within = self.progress
+        seconds = max(within.epoch_seconds, 1e-9)
+        step_rate = within.epoch_images / max(seconds - within.waited, 1e-9)
+        rates = {"images_per_second": within.epoch_images / seconds, "step_images_per_second": step_rate}
+        if self.device.type == "cuda":
+            rates["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 1e6
+        self._log(epoch, "train", {**rates, "loader_share": within.waited / seconds})
         self._compare_rates(step_rate)
+        self.progress.within = 0
         self._validate(epoch)
         self._save(epoch)
+
+    def _survey(self, plan: EpochPlan, look: Look) -> dict[str, Tensor]:
+        """What `look` says of every sample of an epoch, by sample number; see `Method.begin_epoch`."""
+        self.method.eval()
+        numbers: list[Tensor] = []
+        pieces: dict[str, list[Tensor]] = {}
+        with ExitStack() as stack:
+            if self.sharded is not None:
+                stack.enter_context(self.sharded.whole())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.step.autocast())
+            for batch in self.feed.load(plan):
+                prepared = self.method.prepare(batch)
+                for name, value in look(self.step.send(prepared)).items():
+                    pieces.setdefault(name, []).append(value.float().cpu())
+                numbers.append(batch.require("sample"))
+        rows = parallel.gather_rows(torch.cat(numbers).numpy())
+        found = {}
+        for name, values in pieces.items():
+            every = torch.from_numpy(np.array(parallel.gather_rows(torch.cat(values).numpy())))
+            table = torch.full((len(self.feed.samples), *every.shape[1:]), math.nan)
+            table[torch.from_numpy(np.array(rows))] = every
+            found[name] = table
+        return found
 
     def _set_rates(self, epoch: float) -> None:
         factor = learning_rate_factor(self.config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("base_lr", 0.0) * factor
 
-    def _step(self, batch: Batch, epoch: int, *, last: bool) -> None:
-        batch = batch.to(self.device)
-        narrow = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
-            losses = self.method.losses(batch, self.stage)
-        self._stop_if_not_finite(losses, batch, epoch)
-        reporting = self.step % self.config.log_every == 0 or last
-        norms = self.method.gradient_norms(losses) if reporting else {}
-        objective = self.method.objective(losses)
-        self.optimizer.zero_grad(set_to_none=True)
-        if objective.requires_grad:
-            objective.backward()  # type: ignore[no-untyped-call]
-        # Infinity clips nothing but still measures: a gradient that is not finite must not reach the weights.
-        limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.method.parameters(), limit)
-        self._stop_if_not_finite({"gradient of the objective": norm}, batch, epoch)
-        self.optimizer.step()
-        if reporting:
-            self._report(epoch, losses, norms, objective)
-        self.step += 1
-
-    def _report(self, epoch: int, losses: Mapping[str, Tensor], norms: Mapping[str, float], total: Tensor) -> None:
+    def _report(self, epoch: int, done: Done) -> None:
         weights = self.method.current_weights(self.stage)
-        values = {"total": float(total.detach())}
-        for name, value in losses.items():
+        values = {"total": float(done.objective)}
+        for name, value in done.losses.items():
             values[f"loss/{name}"] = float(value.detach())
             values[f"weight/{name}"] = weights[name]
-            if name in norms:
-                values[f"grad_norm/{name}"] = norms[name]
+            if name in done.norms:
+                values[f"grad_norm/{name}"] = done.norms[name]
         values |= self.method.training_report()
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         self._log(epoch, "train", values)
 
-    def _stop_if_not_finite(self, losses: Mapping[str, Tensor], batch: Batch, epoch: int) -> None:
-        bad = [name for name, value in losses.items() if not bool(torch.isfinite(value).all())]
-        if not bad:
-            return
-        path = self.folder / "not_finite.json"
-        facts = {
-            "epoch": epoch,
-            "step": self.step,
-            "losses": {name: str(float(value.detach())) for name, value in losses.items()},
-            "image_id": list(batch.image_id),
-            "text_id": list(batch.text_id),
-        }
-        tables.write_text(path, json.dumps(facts, indent=2) + "\n")
-        raise DataError(
-            f"`{bad[0]}` is not finite at step {self.step} (epoch {epoch + 1}), in the batch that starts with "
-            f"image `{batch.image_id[0] if batch.image_id else '?'}`; the whole batch is listed in {path}.",
-            hint="Lower train.lr or set train.clip_grad_norm; with other settings the training starts over.",
-        )
-
     def _log(self, epoch: int, split: str, values: Mapping[str, float]) -> None:
         now = time.time()
-        common = {"stage": self.stage, "step": self.step, "epoch": epoch, "split": split, "seconds": now}
-        self.rows += [{**common, "name": name, "value": float(value)} for name, value in values.items()]
+        common = {"stage": self.stage, "step": self.progress.step, "epoch": epoch, "split": split, "seconds": now}
+        rows = [{**common, "name": name, "value": float(value)} for name, value in values.items()]
+        self.progress.rows += rows
+        self.tracker.write(rows)
+
+    # Validation and what is kept
 
     def _validate(self, epoch: int) -> None:
         if (epoch + 1) % self.config.validate_every and epoch + 1 < self.config.epochs:
@@ -255,21 +285,40 @@ class Trainer:
         self.method.eval()
         if self.validate is None:
             return
-        found = self.validate(self.method)
+        with nullcontext() if self.average is None else self.average.in_place():
+            with nullcontext() if self.sharded is None else self.sharded.whole():
+                found = parallel.from_first(self.validate(self.method))
+            self._judge(epoch, found)
+
+    def _judge(self, epoch: int, found: Mapping[str, float]) -> None:
         self._log(epoch, self.config.select, found)
-        value = found[self.config.select_metric]
-        if self.config.keep_epochs:
-            payload = save(tensors(self.method), metadata={"fingerprint": self.fingerprint})
-            tables.write_bytes(self.folder / "epochs" / f"epoch-{epoch + 1:03d}.safetensors", payload)
+        better = self.progress.judge(epoch, found[self.config.select_metric])
+        if better or self.config.keep_epochs:
+            self._keep(epoch, better)
         shown = ", ".join(f"{name} {100 * number:.1f}" for name, number in found.items())
         log.info(f"epoch {epoch + 1}/{self.config.epochs}: {self.config.select} {shown}")
-        if value > self.best_value:
-            self.best_epoch, self.best_value = epoch, value
-            tables.write_bytes(self._best_path(), save(tensors(self.method)))
+        patience = self.config.patience
+        if patience is not None and self.progress.worse >= patience and epoch + 1 < self.config.epochs:
+            self.progress.stopped = True
+            log.info(
+                f"No better {self.config.select_metric} in {self.progress.worse} validations: stopping after epoch "
+                f"{epoch + 1} of {self.config.epochs}."
+            )
+
+    def _keep(self, epoch: int, best: bool) -> None:
+        """Write the weights that were validated, as the best ones and as those of their epoch."""
+        weights = tensors(self.method) if self.sharded is None else tensors(full(self.method.state_dict()))
+        if self.place.rank != 0:
+            return
+        if self.config.keep_epochs:
+            payload = save(weights, metadata={"fingerprint": self.fingerprint})
+            tables.write_bytes(self.folder / "epochs" / f"epoch-{epoch + 1:03d}.safetensors", payload)
+        if best:
+            tables.write_bytes(self._best_path(), save(weights))
 
     def _best_path(self) -> Path:
         # Named after the training and the epoch: a file of another training, or newer than the state, is never taken.
-        return self.folder / "last" / f"best-{self.fingerprint[:12]}-{self.best_epoch}.safetensors"
+        return self.folder / "last" / f"best-{self.fingerprint[:12]}-{self.progress.best_epoch}.safetensors"
 
     def _forget_epochs(self, first: int) -> None:
         """Remove kept weights of another training, and those newer than the state that is continued."""
@@ -280,50 +329,67 @@ class Trainer:
                 path.unlink(missing_ok=True)
 
     def _save(self, epoch: int) -> None:
+        self.watch.settle()
         state = {
             "fingerprint": self.fingerprint,
             "epoch": epoch,
-            "step": self.step,
-            "method": self.method.state_dict(),
+            "method": full(self.method.state_dict()),
             "training_state": self.method.training_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": [self.best_epoch, self.best_value],
-            "trained": [self.trained_seconds, self.trained_images],
-            "history": self.rows,
+            "optimizer": full(self.optimizer.state_dict()),
+            "average": None if self.average is None else full(self.average.state_dict()),
+            "progress": self.progress.state_dict(self.device),
         }
-        save_whole(state, self.folder / "last" / "state.pt")
-        for file in (self.folder / "last").iterdir():
-            stale = file.name.startswith("best-") and file != self._best_path()
-            if stale or file.name.endswith(".tmp"):
-                file.unlink(missing_ok=True)
+        if self.place.rank == 0:
+            save_whole(state, self.folder / "last" / "state.pt")
+            for file in (self.folder / "last").iterdir():
+                stale = file.name.startswith("best-") and file != self._best_path()
+                if stale or file.name.endswith(".tmp"):
+                    file.unlink(missing_ok=True)
 
     def _resume(self) -> int:
-        """Load the last whole epoch of the same training, if any; return the epoch to go on with."""
-        path = self.folder / "last" / "state.pt"
-        if not path.is_file():
+        """Load the state of the same training, if any; return the epoch to go on with."""
+        state = read_state(self.folder / "last" / "state.pt", self.fingerprint)
+        if state is None:
             return 0
-        try:
-            # On the CPU first: the optimiser then keeps its step counters there, and no second copy fills the GPU.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DataError(f"{path} is damaged ({type(error).__name__}).", hint="Start over with --force.") from None
-        if state["fingerprint"] != self.fingerprint:
-            log.info("The settings or inputs changed since the last training here: starting over.")
-            return 0
-        self.method.load_state_dict(state["method"])
+        self._load(state)
         self.method.load_training_state(state["training_state"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best_epoch, self.best_value = state["best"]
-        self.trained_seconds, self.trained_images = state["trained"]
-        self.rows, self.step = state["history"], state["step"]
-        log.info(f"Continuing after epoch {state['epoch'] + 1} of {self.config.epochs}.")
-        return int(state["epoch"]) + 1
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.progress.load_state_dict(state["progress"])
+        self._say_continuing(int(state["epoch"]))
+        return int(state["epoch"]) + (0 if self.progress.within else 1)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Weights and optimiser, on whatever number of devices they were kept."""
+        if self.sharded is None:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            return
+        fill(self.method, state["method"])
+        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+        self.optimizer.load_state_dict(share_state(state["optimizer"], parameters))
+
+    def _say_continuing(self, epoch: int) -> None:
+        done = self.progress
+        after = f"after batch {done.within} of epoch {epoch + 1}" if done.within else f"after epoch {epoch + 1}"
+        log.info(f"Continuing {after} of {self.config.epochs}.")
+        if done.world != self.place.world:
+            log.warning(
+                f"This training ran on {done.world} device(s) so far and goes on with {self.place.world}: the batches "
+                "are the same, random masks and dropout are not, and sums are rounded differently."
+            )
 
     def _restore_best(self) -> None:
-        if self.best_epoch >= 0:
+        if self.average is not None and self.config.epochs:
+            self.average.adopt()
+        if self.sharded is not None:
+            self.whole.load_state_dict({n: v.cpu() for n, v in full(self.method.state_dict()).items()})
+            self.method = self.whole
+        if self.progress.best_epoch >= 0:
             path = self._best_path()
+            parallel.wait()
             try:
-                self.method.load_state_dict(load_file(path, device=str(self.device)), strict=False)
+                self.method.load_state_dict(load_file(path), strict=False)
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{path} is missing or damaged ({error}).", hint="Train again with --force.") from None
         self.method.eval()
