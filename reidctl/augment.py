@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from reidctl.batch import Finish
 from reidctl.config import Section
 from reidctl.errors import UsageError
 
@@ -218,5 +219,43 @@ def apply_erase(
     elif config.erase_fill == "mean-after":
         box.copy_(torch.tensor(mean, dtype=image.dtype).view(3, 1, 1).expand_as(box))
     else:
-        noise = np.random.default_rng(erase.seed).standard_normal(tuple(box.shape), dtype=np.float32)
-        box.copy_(torch.from_numpy(noise))
+        box.copy_(torch.from_numpy(_noise(erase)))
+
+
+def _noise(erase: Erase) -> npt.NDArray[np.float32]:
+    """What `noise` puts into a rectangle, shape (3, h, w)."""
+    return np.random.default_rng(erase.seed).standard_normal((3, erase.height, erase.width), dtype=np.float32)
+
+
+def finish_of(
+    erases: Sequence[Erase | None], levels: torch.Tensor, config: AugmentConfig, *, mean: Sequence[float] = CLIP_MEAN
+) -> Finish:
+    """Return how a device normalises and erases a batch of bytes; the numbers are those of `apply_erase`, bit for bit.
+
+    Args:
+        erases: of each image, from `augment_pixels`.
+        levels: what each byte of each channel becomes, shape (3, 256); see `pixels.levels`.
+        config: its `erase_fill` says what the pixels become.
+        mean: the value of `mean-after`.
+    """
+    box = np.zeros((len(erases), 4), np.int32)
+    walk = np.zeros((len(erases), 4), np.int32)
+    fills = [] if config.erase_fill == "noise" else [_colour(config, mean)]
+    end = levels.numel()
+    for number, erase in enumerate(erases):
+        if erase is None:
+            continue
+        box[number] = (erase.top, erase.left, erase.top + erase.height, erase.left + erase.width)
+        if config.erase_fill != "noise":
+            walk[number] = (end, 1, 0, 0)
+            continue
+        walk[number] = (end, erase.height * erase.width, erase.width, 1)
+        fills.append(_noise(erase).ravel())
+        end += len(fills[-1])
+    table = torch.from_numpy(np.concatenate([levels.numpy().ravel(), *fills]))
+    return Finish(table, torch.from_numpy(box), torch.from_numpy(walk))
+
+
+def _colour(config: AugmentConfig, mean: Sequence[float]) -> npt.NDArray[np.float32]:
+    """The number of an erased pixel in each channel."""
+    return np.zeros(3, np.float32) if config.erase_fill == "mean-pixel" else np.asarray(mean, np.float32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -44,12 +45,20 @@ class PhraseSets:
         index: which phrases a text has, -1 for none, shape (T, K), int64.
         part: the part of the body that each of them is about, a number in `phrases.base.PARTS`, -1 for none, (T, K).
         span: first and last + 1 of the phrase's tokens in the text `full`, (T, K, 2), int64; equal: not known.
+        label: equal numbers mean equal tokens, also in another table, shape (P,), int64; see `labelled`.
+        present: where `index` laid flat has a phrase, shape (M,), int64; see `located`, as for the next two.
+        speaking: the texts that have a phrase, shape (U,), int64.
+        apart: where (T, K, K) laid flat has two phrases of a text about different parts, shape (Q,), int64.
     """
 
     tokens: Tokens
     index: Tensor
     part: Tensor
     span: Tensor
+    label: Tensor | None = None
+    present: Tensor | None = None
+    speaking: Tensor | None = None
+    apart: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -61,22 +70,110 @@ class PhraseSets:
 
     def pin(self) -> "PhraseSets":
         """Return the same phrases in page-locked memory."""
-        return PhraseSets(self.tokens.pin(), self.index.pin_memory(), self.part.pin_memory(), self.span.pin_memory())
+        return self._mapped(self.tokens.pin(), lambda value: value.pin_memory())
 
     def to(self, device: torch.device | str) -> "PhraseSets":
         """Return the same phrases on another device."""
-        moved = [value.to(device, non_blocking=True) for value in (self.index, self.part, self.span)]
-        return PhraseSets(self.tokens.to(device), *moved)
+        return self._mapped(self.tokens.to(device), lambda value: value.to(device, non_blocking=True))
+
+    def _mapped(self, tokens: Tokens, change: Callable[[Tensor], Tensor]) -> "PhraseSets":
+        named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "tokens"}
+        changed = {name: None if value is None else change(value) for name, value in named.items()}
+        return PhraseSets(tokens, **changed)  # type: ignore[arg-type]
 
     def take(self, texts: Tensor) -> "PhraseSets":
-        """Return the phrases of some texts, by number; the phrases themselves all stay."""
-        return PhraseSets(self.tokens, self.index[texts], self.part[texts], self.span[texts])
+        """Return the phrases of some texts, by number, on the CPU; the table keeps those that they have."""
+        index = self.index[texts]
+        used = torch.unique(index[index >= 0])
+        number = torch.full((len(self.tokens) + 1,), -1).index_copy(0, used, torch.arange(len(used)))
+        label = None if self.label is None else self.label[used]
+        # -1 reads the last number, which is no phrase's.
+        taken = PhraseSets(trimmed(self.tokens[used]), number[index], self.part[texts], self.span[texts], label)
+        return taken if self.present is None else taken.located()
+
+    def located(self) -> "PhraseSets":
+        """Return the phrases with `present`, `speaking` and `apart`, so that nobody asks a device for them."""
+        if self.present is not None:
+            return self
+        mask = self.mask
+        apart = mask[:, :, None] & mask[:, None, :] & (self.part[:, :, None] != self.part[:, None, :])
+        present, speaking, apart = (each.flatten().nonzero().flatten() for each in (mask, mask.any(dim=1), apart))
+        return replace(self, present=present, speaking=speaking, apart=apart)
+
+    def labelled(self) -> "PhraseSets":
+        """Return the phrases with `label`, 63 bits of the BLAKE2 digest of each phrase's token ids without padding."""
+        if self.label is not None:
+            return self
+        ids, mask = self.tokens.ids.cpu().numpy().astype("<i8"), self.tokens.mask.cpu().numpy()
+        texts = [row[real].tobytes() for row, real in zip(ids, mask, strict=True)]
+        found = [int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1 for text in texts]
+        return replace(self, label=torch.tensor(found, dtype=torch.int64, device=self.index.device))
+
+    def labels_of(self, index: Tensor, count: int) -> Tensor:
+        """Return the labels of embeddings, shape (count,), -1 for one that no text has.
+
+        Args:
+            index: which of the embeddings stands for each phrase, laid out as `self.index`, shape (T, K).
+            count: how many embeddings there are.
+        """
+        known = self.located().labelled()
+        assert known.present is not None and known.label is not None
+        found = torch.full((count,), -1, device=index.device)
+        found[index.flatten()[known.present]] = known.label[self.index.flatten()[known.present]]
+        return found
 
 
 def trimmed(tokens: Tokens) -> Tokens:
     """Return tokens (B, L) without the columns that are padding in every text."""
     length = max(int(tokens.mask.sum(dim=1).max()), 1) if len(tokens) else 1
     return Tokens(tokens.ids[:, :length], tokens.mask[:, :length])
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What is left to do with images that come as bytes: a quarter of the copy to a GPU, which does the rest.
+
+    Every number of the finished image is read from a table, so that no device rounds it in its own way. Byte v of
+    channel c is entry 256 c + v. Pixel (y, x) of an erased rectangle is entry
+    first + c plane + (y - top) row + (x - left) column instead: a colour (steps 1, 0, 0), or noise of its own.
+
+    Attributes:
+        table: the numbers, shape (768 + F,), float32.
+        box: the rectangle of each image, (top, left, bottom, right), shape (B, 4), int32; without area for none.
+        walk: first, plane, row and column of each image, shape (B, 4), int32.
+    """
+
+    table: Tensor
+    box: Tensor
+    walk: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return (B, H, W, 3) bytes as normalised numbers with the rectangles erased, (B, 3, H, W), float32."""
+        batch, height, width, channels = pixels.shape
+        y = torch.arange(height, device=pixels.device, dtype=torch.int32).view(1, -1, 1)
+        x = torch.arange(width, device=pixels.device, dtype=torch.int32).view(1, 1, -1)
+        top, left, bottom, right = (edge.view(-1, 1, 1) for edge in self.box.unbind(1))
+        first, plane, row, column = (step.view(-1, 1, 1) for step in self.walk.unbind(1))
+        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (B, H, W)
+        place = first + (y - top) * row + (x - left) * column
+        image = self.table.new_empty(batch, channels, height, width)
+        # One channel at a time: the entries' numbers take as much memory as the image.
+        for channel in range(channels):
+            entry = torch.where(inside, place + channel * plane, pixels[..., channel].int() + 256 * channel)
+            image[:, channel] = self.table.index_select(0, entry.flatten()).view_as(entry)
+        return image
+
+    def pin(self) -> "Finish":
+        """Return the same in page-locked memory."""
+        return Finish(self.table.pin_memory(), self.box.pin_memory(), self.walk.pin_memory())
+
+    def to(self, device: torch.device | str) -> "Finish":
+        """Return the same on another device."""
+        return Finish(*(value.to(device, non_blocking=True) for value in (self.table, self.box, self.walk)))
+
+    def take(self, samples: Tensor) -> "Finish":
+        """Return what is left to do with some images, by number; the table stays whole."""
+        return Finish(self.table, self.box[samples], self.walk[samples])
 
 
 @dataclass(frozen=True)
@@ -87,7 +184,8 @@ class Batch:
     texts are aligned.
 
     Attributes:
-        image: pixels normalised with the backbone's statistics, shape (B, 3, H, W).
+        image: pixels normalised with the backbone's statistics, shape (B, 3, H, W); where there is a `finish`, bytes
+            still, shape (B, H, W, 3).
         person: training identity index, shape (B,), int64.
         texts: tokens by role. `full` is the caption, `identity` and `clothing` the two MLLM texts;
             `fusion` is the identity text of ANOTHER image of the same person (never of this sample's own texts).
@@ -106,6 +204,7 @@ class Batch:
         answer: their ids, shape (M,), int64.
         text_row: the sample of each text, shape (T,), int64; None: as `has_text` says.
         sample: numbers of the samples in the training set, shape (B,), int64.
+        finish: what is left to do with the images; methods never see it, because `finished` comes before them.
     """
 
     image: Tensor | None = None
@@ -125,6 +224,7 @@ class Batch:
     answer: Tensor | None = None
     text_row: Tensor | None = None
     sample: Tensor | None = None
+    finish: Finish | None = None
 
     def __len__(self) -> int:
         if self.image is not None:
@@ -148,11 +248,21 @@ class Batch:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 changed[item.name] = change(value)
-            elif isinstance(value, (Tokens, PhraseSets)):
+            elif isinstance(value, (Tokens, PhraseSets, Finish)):
                 changed[item.name] = inner(value)
         texts = {name: inner(tokens) for name, tokens in self.texts.items()}
         frozen = {name: change(value) for name, value in self.frozen.items()}
         return replace(self, texts=texts, frozen=frozen, **changed)
+
+    def with_image(self, image: Tensor) -> "Batch":
+        """Return the same batch with other pixels."""
+        return replace(self, image=image)
+
+    def finished(self) -> "Batch":
+        """Return the batch with its images as normalised numbers, computed where the bytes lie; no device is asked."""
+        if self.finish is None:
+            return self
+        return replace(self, image=self.finish(self.require("image")), finish=None)
 
     def image_of_text(self) -> Tensor:
         """Return which sample each text belongs to, shape (T,), int64."""
@@ -185,6 +295,7 @@ class Batch:
             image_id=tuple(self.image_id[row] for row in samples) if self.image_id else (),
             text_id=tuple(self.text_id[row] for row in samples) if self.text_id else (),
             phrases=None if self.phrases is None else self.phrases.take(texts),
+            finish=None if self.finish is None else self.finish.take(rows),
         ).located()
 
     def _texts_of(self, rows: Tensor) -> Tensor:
@@ -243,6 +354,7 @@ class Batch:
             text_id=tuple(self.text_id[row] for row in named) if self.text_id else (),
             has_text=None,
             text_row=None,
+            finish=None if self.finish is None else self.finish.take(rows),
         )
 
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from reidctl.augment import AugmentConfig, Erase, Interpolation, apply_erase, augment_pixels
-from reidctl.batch import Batch, PhraseSets, Roster, Tokens
+from reidctl.augment import AugmentConfig, Erase, Interpolation, apply_erase, augment_pixels, finish_of
+from reidctl.batch import Batch, Finish, PhraseSets, Roster, Tokens
 from reidctl.console import log
 from reidctl.errors import DataError
 from reidctl.phrases.sets import PhraseTable
-from reidctl.pixels import PixelStore, normalise
+from reidctl.pixels import PixelStore, levels, normalise
 from reidctl.sides import mentions_side
 
 TargetText = Literal["caption", "identity", "identity+clothing", "clothing", "mix"]
@@ -318,6 +318,8 @@ class TrainingSet:
         self.texts = tuple(texts)
         self.frozen: FrozenStore | None = None
         """Kept features that batches bring instead of pixels."""
+        self.raw = False
+        """Whether batches bring bytes, which `Batch.finished` makes the same numbers of on the device."""
         self.store = PixelStore(corpus.paths(), size, cache_bytes=cache_bytes, interpolation=interpolation)
         self._names: list[str] = [str(name) for name in corpus.images["image_id"]]
         self.persons = sorted(set(corpus.images["person_id"]))
@@ -474,8 +476,9 @@ class TrainingSet:
         target = np.asarray([sample.target for sample in samples])
         fusion = np.asarray([sample.fusion for sample in samples])
         paired = target >= 0
+        image, finish = (None, None) if self.frozen is not None else self._pixels(samples)
         return Batch(
-            image=None if self.frozen is not None else self._pixels(samples),
+            image=image,
             frozen=self._kept(rows, target[paired]),
             person=torch.from_numpy(self.person_of_row[rows]),
             texts=self._tokens(rows[paired], target[paired], fusion[paired]),
@@ -488,13 +491,19 @@ class TrainingSet:
             phrases=self._phrases_of(target[paired]),
             camera=torch.from_numpy(self.camera_of_row[rows]),
             sample=torch.tensor([sample.number for sample in samples]),
+            finish=finish,
         ).located()
 
-    def _pixels(self, samples: Sequence[Sample]) -> torch.Tensor:
-        image = normalise(np.stack([sample.pixels for sample in samples]), *self.statistics)
-        for pixels, sample in zip(image, samples, strict=True):
-            apply_erase(pixels, sample.erase, self.augment, mean=self.statistics[0])
-        return image
+    def _pixels(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, Finish | None]:
+        """The images, normalised and erased; or bytes and what is left to do with them."""
+        pixels, mean = np.stack([sample.pixels for sample in samples]), self.statistics[0]
+        if self.raw:
+            erases = [sample.erase for sample in samples]
+            return torch.from_numpy(pixels), finish_of(erases, levels(*self.statistics), self.augment, mean=mean)
+        image = normalise(pixels, *self.statistics)
+        for own, sample in zip(image, samples, strict=True):
+            apply_erase(own, sample.erase, self.augment, mean=mean)
+        return image, None
 
     def _phrases_of(self, target: Numbers) -> PhraseSets | None:
         return None if self.phrases is None else self.phrases.sets([self._captions[number] for number in target])

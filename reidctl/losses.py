@@ -111,17 +111,23 @@ def contrast(
     Returns:
         Scalar in nats, the mean over the rows that have a positive; 0 if none has.
     """
+    if not logits.numel():
+        return zero(logits)
+    # A copy, laid out anew: both directions of a transposed pair are then summed in the same order, forwards and back.
+    logits = logits.clone(memory_format=torch.contiguous_format)
     valid = torch.ones_like(positive) if valid is None else valid
     positive = positive & valid
-    has_positive = positive.any(dim=1) if logits.numel() else logits.new_zeros(len(logits), dtype=torch.bool)
-    if not has_positive.any():
-        return zero(logits)
-    # Rows without a positive are dropped before the logarithm: where() after it would still pass NaN gradients.
-    logits, positive, valid = logits[has_positive], positive[has_positive], valid[has_positive]
+    counted = positive.any(dim=1)
+    # Rows without a positive get one here and no weight below: picking the others would ask the device how many they
+    # are, and -inf would pass NaN gradients even through where().
+    spare = ~counted[:, None]
+    positive, valid = positive | spare, valid | spare
     total = logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1)
     if multiple == "mass":
-        return (total - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=1)).mean()
-    return (total - torch.where(positive, logits, 0.0).sum(dim=1) / positive.sum(dim=1)).mean()
+        rows = total - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=1)
+    else:
+        rows = total - torch.where(positive, logits, 0.0).sum(dim=1) / positive.sum(dim=1)
+    return _mean(rows, counted)
 
 
 @in_full_precision
@@ -153,13 +159,13 @@ def info_nce(
         Scalar in nats, averaged over the valid rows; 0 for a batch of one.
     """
     _check_temperature(temperature)
-    if valid is not None:
-        query, key = query[valid], key[valid]
-        positives = None if positives is None else positives[valid]
     person = torch.arange(len(query), device=query.device) if positives is None else positives
     logits, match = _cosine(query, key) / temperature, _same(person, person)
-    forward = contrast(logits, match, multiple=multiple)
-    return forward if direction == "q2k" else (forward + contrast(logits.T, match, multiple=multiple)) / 2
+    pairs = None if valid is None else valid[:, None] & valid[None, :]
+    forward = contrast(logits, match, valid=pairs, multiple=multiple)
+    if direction == "q2k":
+        return forward
+    return (forward + contrast(logits.T, match, valid=pairs, multiple=multiple)) / 2
 
 
 @in_full_precision
@@ -263,25 +269,40 @@ def batch_hard_triplet(
     Returns:
         Scalar >= 0; 0 (with a zero gradient) if the batch holds no triplet.
     """
+    if not len(person):
+        return zero(features)
     positive = _same(person, person)
     negative = ~positive
     positive = positive & ~torch.eye(len(person), dtype=torch.bool, device=person.device)
-    anchors = positive.any(dim=1) & negative.any(dim=1) if len(person) else positive.new_zeros(0)
-    if not anchors.any():
-        return zero(features)
     # The exact mode: |a|² + |b|² - 2ab loses close pairs of long vectors, and its root has no gradient at 0.
     distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance**2 if squared else distance
-    distance, positive, negative = distance[anchors], positive[anchors], negative[anchors]
     if mining == "all":
         gap = distance[:, :, None] - distance[:, None, :] + margin  # (A, B positive, B negative)
         return _mean(gap.relu(), positive[:, :, None] & negative[:, None, :])
+    anchors = positive.any(dim=1) & negative.any(dim=1)
     if mining == "random":
-        near = _pick(distance, positive, generator), _pick(distance, negative, generator)
-        return (near[0] - near[1] + margin).relu().mean()
+        return _random_triplets(distance, positive, negative, anchors, margin, generator)
+    # Where there is none the difference is -inf, whose relu is 0 and passes no gradient.
     hardest_positive = distance.masked_fill(~positive, -torch.inf).amax(dim=1)
     hardest_negative = distance.masked_fill(~negative, torch.inf).amin(dim=1)
-    return (hardest_positive - hardest_negative + margin).relu().mean()
+    return _mean((hardest_positive - hardest_negative + margin).relu(), anchors)
+
+
+def _random_triplets(
+    distance: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    anchors: Tensor,
+    margin: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One random triplet per anchor; the draw needs rows that have something to draw, so the device is asked."""
+    if not anchors.any():
+        return zero(distance)
+    distance, positive, negative = distance[anchors], positive[anchors], negative[anchors]
+    near = _pick(distance, positive, generator), _pick(distance, negative, generator)
+    return (near[0] - near[1] + margin).relu().mean()
 
 
 def _pick(distance: Tensor, candidates: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -30,7 +30,9 @@ def read_pixels(path: Path, size: tuple[int, int], interpolation: Interpolation 
         with Image.open(path) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise DataError(f"{path} has {image.width}x{image.height} pixels; the limit is {_MAX_PIXELS:,}.")
-            rgb = image.convert("RGB").resize((size[1], size[0]), _RESAMPLING[interpolation])
+            # Converting an image that is RGB already would copy it.
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            rgb = rgb.resize((size[1], size[0]), _RESAMPLING[interpolation])
     except FileNotFoundError:
         raise DataError(f"Image {path} does not exist.", hint="Was the dataset moved? Import it again.") from None
     except DataError:
@@ -92,13 +94,18 @@ class PixelStore:
         return pixels
 
 
+def levels(mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Return what each byte of each channel becomes, (byte / 255 - m) / s, shape (3, 256), float32."""
+    values = torch.arange(256, dtype=torch.uint8).float().div_(255.0)
+    return (values - torch.tensor(mean).view(3, 1)) / torch.tensor(std).view(3, 1)
+
+
 def normalise(pixels: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Return (B, H, W, 3) bytes as (B, 3, H, W) float32 with the checkpoint's pixel statistics: (byte / 255 - m) / s.
 
     A byte has 256 values, so each channel is looked up in a table: the same numbers in half the time.
     """
-    levels = torch.arange(256, dtype=torch.uint8).float().div_(255.0)
-    tables = ((levels - torch.tensor(mean).view(3, 1)) / torch.tensor(std).view(3, 1)).numpy()
+    tables = levels(mean, std).numpy()
     batch, height, width, _ = pixels.shape
     out = np.empty((batch, 3, height, width), np.float32)
     for image, planes in zip(pixels, out, strict=True):
@@ -108,9 +115,16 @@ def normalise(pixels: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequenc
 
 
 def image_batches(
-    store: PixelStore, mean: Sequence[float], std: Sequence[float], *, batch: int, threads: int = 1, start: int = 0
+    store: PixelStore,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch: int,
+    threads: int = 1,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield all images from row `start` on, in order, as (rows, normalised pixels of shape (b, 3, H, W)).
+    """Yield the images of rows `start` to `stop`, in order, as (rows, normalised pixels of shape (b, 3, H, W)).
 
     `threads` of the batches load ahead.
     """
@@ -118,5 +132,6 @@ def image_batches(
     def load(rows: slice) -> tuple[slice, torch.Tensor]:
         return rows, normalise(np.stack([store[row] for row in range(rows.start, rows.stop)]), mean, std)
 
-    slices = (slice(first, min(first + batch, len(store))) for first in range(start, len(store), batch))
-    yield from load_ahead(load, slices, threads=threads)
+    end = len(store) if stop is None else stop
+    slices = (slice(first, min(first + batch, end)) for first in range(start, end, batch))
+    yield from load_ahead(load, slices, threads=threads, ahead=threads + 1)  # floats: a batch is large

@@ -133,6 +133,26 @@ def test_no_gradient_goes_into_the_embeddings_by_which_phrases_are_compared():
     assert phrases.grad is None and scores.grad.abs().sum() > 0
 
 
+@pytest.mark.covers(176)
+def test_a_phrase_that_no_caption_says_is_a_wrong_answer_to_none():
+    """Two tables of phrases, one behind the other, hold what the other's captions say."""
+    phrases, scores, person = drawn(4, 3, seed=1), drawn(4, 2, seed=2) / 4, torch.arange(2)
+    twice = torch.tensor([0, 1, 2, 1, 3, 0])  # phrases 1 and 0 once more, and the row 2 below is said by none
+    index = torch.tensor([[0, 1], [4, 3]])
+    said_once = torch.tensor([[0, 1], [2, 1]])
+    firsts = part_losses.firsts(index, twice)
+    assert firsts.tolist() == [[0, 1], [4, 1]]
+    assert part_losses.firsts(torch.tensor([-1, 5, 3, 2]), twice).tolist() == [-1, 0, 1, 2]
+    found = part_losses.phrase_contrast(scores[twice], firsts, person, phrases[twice], words=twice, temperature=0.3)
+    rows = torch.tensor([0, 1, 3])
+    alone = part_losses.phrase_contrast(scores[rows], said_once, person, phrases[rows], temperature=0.3)
+    assert found.item() == pytest.approx(alone.item(), rel=1e-9) and alone.item() > 0.01
+    counted_twice = part_losses.phrase_contrast(
+        scores[twice], index, person, phrases[twice], words=twice, temperature=0.3
+    )
+    assert found.item() != pytest.approx(counted_twice.item(), rel=1e-3)
+
+
 # The spread of maps
 
 
@@ -156,29 +176,26 @@ def test_the_spread_is_the_variance_of_places_and_each_axis_counts_from_0_to_1()
 
 
 @pytest.mark.covers(178)
-def test_compactness_counts_what_is_above_the_floor_of_the_phrases_that_there_are():
-    maps = torch.stack([torch.eye(4)[0], torch.tensor([0.5, 0, 0, 0.5]), torch.tensor([0.5, 0.5, 0, 0])])[None]
-    mask = torch.tensor([[True, True, False]])  # spreads 0, 0.140625 and 0.015625
-    assert part_losses.compactness(maps, mask, (4, 1), floor=0.0).item() == pytest.approx(0.140625 / 2)
-    assert part_losses.compactness(maps, mask, (4, 1), floor=0.01).item() == pytest.approx(0.130625 / 2)
-    assert part_losses.compactness(maps, ~mask, (4, 1), floor=0.02).item() == 0.0
-    drawn_maps, some = maps_of(2, 3, 8), torch.tensor([[True, False, True], [False, True, False]])
-    expected = [
-        max(0.0, slow_spread(drawn_maps[i, k].tolist(), (4, 2)) - 0.1) for i in range(2) for k in range(3) if some[i, k]
-    ]
-    found = part_losses.compactness(drawn_maps, some, (4, 2), floor=0.1)
-    assert found.item() == pytest.approx(sum(expected) / 3, rel=1e-6)
+def test_compactness_counts_what_is_above_the_floor():
+    maps = torch.stack([torch.eye(4)[0], torch.tensor([0.5, 0, 0, 0.5]), torch.tensor([0.5, 0.5, 0, 0])])
+    found = part_losses.compactness(part_losses.spread(maps, (4, 1)), floor=0.015)  # spreads 0, 0.140625 and 0.015625
+    assert found.tolist() == pytest.approx([0, 0.125625, 0.000625], abs=1e-6)
+    drawn_maps = maps_of(6, 8)
+    expected = [max(0.0, slow_spread(row, (4, 2)) - 0.1) for row in drawn_maps.tolist()]
+    assert 0 < sum(value == 0 for value in expected) < 6
+    found = part_losses.compactness(part_losses.spread(drawn_maps, (4, 2)), floor=0.1)
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.covers(178)
 def test_a_map_below_the_floor_is_left_alone_and_one_above_is_drawn_together():
-    logits = torch.tensor([[[5.0, 0, 0, 0], [1.0, 0, 0, 1.0]]], requires_grad=True)
-    maps = logits.softmax(dim=-1)
-    low, high = part_losses.spread(maps[0], (4, 1)).tolist()
-    part_losses.compactness(maps, torch.ones(1, 2, dtype=torch.bool), (4, 1), floor=(low + high) / 2).backward()
-    assert logits.grad[0, 0].abs().max() == 0 and logits.grad[0, 1].abs().max() > 0
+    logits = torch.tensor([[5.0, 0, 0, 0], [1.0, 0, 0, 1.0]], requires_grad=True)
+    spreads = part_losses.spread(logits.softmax(dim=-1), (4, 1))
+    low, high = spreads.tolist()
+    part_losses.average(part_losses.compactness(spreads, floor=(low + high) / 2)).backward()
+    assert logits.grad[0].abs().max() == 0 and logits.grad[1].abs().max() > 0
     after = (logits - logits.grad).softmax(dim=-1)
-    assert part_losses.spread(after[0, 1], (4, 1)).item() < high
+    assert part_losses.spread(after[1], (4, 1)).item() < high
 
 
 # Alignment with attention
@@ -186,14 +203,14 @@ def test_a_map_below_the_floor_is_left_alone_and_one_above_is_drawn_together():
 
 @pytest.mark.covers(178)
 def test_alignment_is_the_divergence_of_the_attention_from_the_average_map():
-    maps, attention = maps_of(3, 2, 6), maps_of(3, 6, seed=4)
-    mask = torch.tensor([[True, True], [False, True], [False, False]])
+    maps, attention = maps_of(2, 2, 6), maps_of(2, 6, seed=4)
+    mask = torch.tensor([[True, True], [False, True]])
     expected = []
     for i in range(2):
         rows = [maps[i, k].tolist() for k in range(2) if mask[i, k]]
         mean = [sum(values) / len(rows) for values in zip(*rows, strict=True)]
         expected.append(sum(p * math.log(p / q) for p, q in zip(mean, attention[i].tolist(), strict=True)))
-    assert part_losses.alignment(maps, mask, attention).item() == pytest.approx(sum(expected) / 2, rel=1e-9)
+    assert part_losses.alignment(maps, mask, attention).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.covers(178)
@@ -212,29 +229,22 @@ def test_alignment_is_zero_where_the_attention_covers_the_phrases_and_pulls_it_t
 
 
 @pytest.mark.covers(179)
-def test_overlap_is_the_mean_cosine_of_pairs_of_maps_about_different_parts():
-    maps = maps_of(2, 4, 6)
-    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    part = torch.tensor([[1, 2, 1, 3], [2, 2, -1, -1]])
+def test_overlap_is_the_cosine_of_pairs_of_maps_by_their_places():
+    maps, pairs = maps_of(2, 4, 6), [(0, 0, 1), (0, 2, 1), (1, 3, 0)]
     expected = []
-    for i in range(2):
-        for k in range(4):
-            for other in range(k + 1, 4):
-                if mask[i, k] and mask[i, other] and part[i, k] != part[i, other]:
-                    a, b = maps[i, k].tolist(), maps[i, other].tolist()
-                    inner = sum(x * y for x, y in zip(a, b, strict=True))
-                    expected.append(inner / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)))
-    assert len(expected) == 2  # phrases 0-1 and 1-2 of the first caption
-    assert part_losses.overlap(maps, mask, part).item() == pytest.approx(sum(expected) / 2, rel=1e-9)
+    for i, k, other in pairs:
+        a, b = maps[i, k].tolist(), maps[i, other].tolist()
+        inner = sum(x * y for x, y in zip(a, b, strict=True))
+        expected.append(inner / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)))
+    places = torch.tensor([16 * i + 4 * k + other for i, k, other in pairs])
+    assert part_losses.overlap(maps, places).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.covers(179)
 def test_overlap_is_one_for_one_place_and_zero_for_two():
-    mask, part = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 1]])
-    here, there = torch.eye(4)[0], torch.eye(4)[2]
-    assert part_losses.overlap(torch.stack([here, here])[None], mask, part).item() == pytest.approx(1)
-    assert part_losses.overlap(torch.stack([here, there])[None], mask, part).item() == 0
-    assert part_losses.overlap(torch.stack([here, here])[None], mask, torch.tensor([[1, 1]])).item() == 0
+    pair, here, there = torch.tensor([1]), torch.eye(4)[0], torch.eye(4)[2]
+    assert part_losses.overlap(torch.stack([here, here])[None], pair).tolist() == pytest.approx([1])
+    assert part_losses.overlap(torch.stack([here, there])[None], pair).tolist() == [0]
 
 
 # Grounding
@@ -245,24 +255,28 @@ def test_grounding_asks_that_the_map_s_patches_hurt_by_a_margin_more_than_random
     without_map = torch.tensor([0.3, 0.5, 0.52], requires_grad=True)
     without_random = torch.tensor([0.5, 0.5, 0.5], requires_grad=True)
     loss = part_losses.grounding(without_map, without_random, margin=0.05)
-    assert loss.item() == pytest.approx((0 + 0.05 + 0.07) / 3, rel=1e-5)
-    loss.backward()
+    assert loss.tolist() == pytest.approx([0, 0.05, 0.07], rel=1e-5)
+    part_losses.average(loss).backward()
     assert without_map.grad.tolist() == pytest.approx([0, 1 / 3, 1 / 3])
     assert without_random.grad.tolist() == pytest.approx([0, -1 / 3, -1 / 3])
 
 
 # Nothing to compare, and half precision
 
-NOBODY, NONE = torch.zeros(0, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
+NOBODY = torch.zeros(0, dtype=torch.long)
 EMPTY = {
     "set_contrast": lambda x: part_losses.set_contrast(x.new_zeros(0, 0) * x.sum(), NOBODY) + 0 * x.sum(),
     "phrase_contrast": lambda x: part_losses.phrase_contrast(
         x[0, :, :2], torch.full((2, 1), -1), torch.arange(2), torch.eye(3)
     ),
-    "compactness": lambda x: part_losses.compactness(x.softmax(-1), NONE, (2, 2)),
-    "alignment": lambda x: part_losses.alignment(x.softmax(-1), NONE, x[:, 0].softmax(-1)),
-    "overlap": lambda x: part_losses.overlap(x.softmax(-1), NONE, torch.zeros(2, 3, dtype=torch.long)),
-    "grounding": lambda x: part_losses.grounding(x[:0, 0, 0], x[:0, 0, 1]),
+    "compactness": lambda x: part_losses.average(
+        part_losses.compactness(part_losses.spread(x[:0, 0].softmax(-1), (2, 2)))
+    ),
+    "alignment": lambda x: part_losses.average(
+        part_losses.alignment(x[:0].softmax(-1), torch.zeros(0, 3, dtype=torch.bool), x[:0, 0].softmax(-1))
+    ),
+    "overlap": lambda x: part_losses.average(part_losses.overlap(x.softmax(-1), NOBODY)),
+    "grounding": lambda x: part_losses.average(part_losses.grounding(x[:0, 0, 0], x[:0, 0, 1])),
 }
 
 
@@ -281,10 +295,12 @@ LOSSES = {
     "phrase_contrast": lambda x: part_losses.phrase_contrast(
         x[0, :, :4] / 9, torch.arange(4)[:, None], PERSON, torch.eye(4)
     ),
-    "compactness": lambda x: part_losses.compactness(x[:, :3].softmax(-1), FULL, (4, 2)),
-    "alignment": lambda x: part_losses.alignment(x[:, :3].softmax(-1), FULL, x[:, 3].softmax(-1)),
-    "overlap": lambda x: part_losses.overlap(x[:, :3].softmax(-1), FULL, torch.tensor([[0, 1, 2]] * 4)),
-    "grounding": lambda x: part_losses.grounding(x[0, 0], x[0, 1]),
+    "compactness": lambda x: part_losses.average(
+        part_losses.compactness(part_losses.spread(x[:, :3].flatten(0, 1).softmax(-1), (4, 2)))
+    ),
+    "alignment": lambda x: part_losses.average(part_losses.alignment(x[:, :3].softmax(-1), FULL, x[:, 3].softmax(-1))),
+    "overlap": lambda x: part_losses.average(part_losses.overlap(x[:, :3].softmax(-1), torch.tensor([1, 2, 14]))),
+    "grounding": lambda x: part_losses.average(part_losses.grounding(x[0, 0], x[0, 1])),
 }
 
 

@@ -94,6 +94,43 @@ def test_classification_among_all_prompts_is_the_printed_formula_and_sum_is_b_ti
     assert summed.item() == pytest.approx(by_loop)
 
 
+@pytest.mark.covers(73)
+@pytest.mark.parametrize("positives", ["id", "literal"])
+def test_of_a_person_with_several_prompts_the_contrast_reads_the_first_alone(positives):
+    image, prompt = some(6), some(5, seed=1).requires_grad_()
+    owner = torch.tensor([4, 7, 4, 9, 7])
+    asked = {"temperature": 0.5, "positives": positives}
+    found = prompt_losses.identity_contrast(image, prompt, PERSON, owner, **asked)
+    expected = prompt_losses.identity_contrast(image, prompt[[0, 1, 3]], PERSON, OWNER, **asked)
+    for one, other in zip(found, expected, strict=True):
+        assert one.item() == pytest.approx(other.item())
+        grads = [torch.autograd.grad(value, prompt, retain_graph=True)[0] for value in (one, other)]
+        torch.testing.assert_close(*grads)
+        assert not grads[0][[2, 4]].any()
+    last = prompt_losses.identity_contrast(image, prompt[[2, 4, 3]], PERSON, OWNER, **asked)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(found, last, strict=True))
+
+
+@pytest.mark.covers(78)
+def test_classification_among_the_prompts_of_some_people_reads_the_first_of_each():
+    image, every, person = some(5), some(9, seed=1).requires_grad_(), torch.tensor([0, 8, 3, 3, 5])
+    whole = prompt_losses.prompt_classification(image, every, person, temperature=0.5)
+    order = torch.tensor([8, 0, 5, 3, 1, 2, 4, 7, 6])
+    asked = {"temperature": 0.5}
+    assert prompt_losses.prompt_classification(image, every[order], person, order, **asked).item() == pytest.approx(
+        whole.item()
+    )
+    owner, rows = torch.tensor([8, 0, 8, 5, 3, 0]), torch.tensor([8, 0, 1, 5, 3, 2])
+    found = prompt_losses.prompt_classification(image, every[rows], person, owner, **asked)
+    by_loop = 0.0
+    for i, own in enumerate(person.tolist()):
+        scores = {name: math.exp(cosine(image[i], every[name].detach()) / 0.5) for name in (8, 0, 5, 3)}
+        by_loop -= math.log(scores[own] / sum(scores.values())) / 5
+    assert found.item() == pytest.approx(by_loop) and found < whole
+    grad = torch.autograd.grad(found, every)[0]
+    assert torch.isfinite(grad).all() and not grad[[1, 2, 4, 6, 7]].any() and grad[[0, 3, 5, 8]].any(dim=1).all()
+
+
 @pytest.mark.covers(78)
 def test_without_a_temperature_the_loss_of_11003_people_hardly_moves():
     """Why the printed formula (temperature 1) gets one: chance 9.31, perfect 8.31 or, at best, 7.31."""

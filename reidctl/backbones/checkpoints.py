@@ -4,7 +4,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,21 +49,29 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
     Raises:
         DataError: no such file, not a weights file, pickled code in it, or the anchor is missing.
     """
+    found = read_tensors(path)
+    inner, prefix = _strip(found.weights, anchor)
+    if anchor not in inner:
+        first = ", ".join(list(found.weights)[:3]) or "nothing"
+        raise DataError(f"{path} holds no `{anchor}` among its {len(found.weights)} tensors (first: {first}).",
+                        hint="Is it a checkpoint of this kind of backbone?")  # fmt: skip
+    return replace(found, weights=inner, wrapped=bool(prefix.replace("module.", "")))
+
+
+def read_tensors(path: Path) -> Checkpoint:
+    """Return the tensors in a `.safetensors`, PyTorch or TorchScript file under the names that they have there.
+
+    Raises:
+        DataError: no such file, not a weights file, or pickled code in it.
+    """
     if not path.is_file():
-        raise DataError(f"No weights file at {path}.", hint="Check the path in the backbone's spec.")
-    grid, torchscript = None, False
+        raise DataError(f"No weights file at {path}.", hint="Check the path.")
     if path.suffix == ".safetensors":
         weights, grid = _read_safetensors(path)
-    elif _is_torchscript(path):
-        weights, torchscript = _read_torchscript(path), True
-    else:
-        weights = _read_torch(path)
-    inner, prefix = _strip(weights, anchor)
-    if anchor not in inner:
-        first = ", ".join(list(weights)[:3]) or "nothing"
-        raise DataError(f"{path} holds no `{anchor}` among its {len(weights)} tensors (first: {first}).",
-                        hint="Is it a checkpoint of this kind of backbone?")  # fmt: skip
-    return Checkpoint(inner, path, grid, torchscript, bool(prefix.replace("module.", "")))
+        return Checkpoint(weights, path, grid)
+    if _is_torchscript(path):
+        return Checkpoint(_read_torchscript(path), path, torchscript=True)
+    return Checkpoint(_read_torch(path), path)
 
 
 def _read_safetensors(path: Path) -> tuple[StateDict, Grid | None]:

@@ -8,6 +8,7 @@ from reidctl import __version__
 from reidctl.cli import (
     analyse,
     caption,
+    convert,
     data,
     doctor,
     evaluate,
@@ -51,6 +52,7 @@ app.add_typer(data.app, name="data")
 app.command("caption", epilog=caption.EPILOG)(caption.command)
 app.command("prompt-stage", epilog=prompt_stage.EPILOG)(prompt_stage.command)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.command)
+app.command("convert", epilog=convert.EPILOG)(convert.command)
 app.command("index", epilog=index.EPILOG)(index.command)
 app.command("search", epilog=search.EPILOG)(search.command)
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.command)

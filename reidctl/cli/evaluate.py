@@ -91,6 +91,7 @@ def command(
     ] = None,
     format_: Annotated[str, typer.Option("--format", help="How tables are printed: text, markdown or latex.")] = "text",
     device: o.Device = None,
+    devices: o.Devices = None,
     data: o.Data = None,
     captions: o.Captions = None,
     seed: o.Seed = None,
@@ -115,7 +116,9 @@ def command(
     pairs = [text for text in rerank or [] if text.split("/")[0] == "pairwise"]
     _alone("--embeddings", embeddings, {f"--rerank {text}": text for text in pairs})
     _alone("--normalise", normalise, {"a trained model": not embeddings})
+    _alone("--devices", devices, {"--matrix": matrix, "--embeddings": embeddings})
     o.prepare(None, None, seed, quiet)
+    o.spread(devices, device)
     from reidctl.cli import evaluate_tables as shown
     from reidctl.runs import Run
 
@@ -137,6 +140,8 @@ def command(
         # An analysis needs the evaluation that is there, whatever was measured besides the standard rows.
         reuse = any([slices, *analyses.values()]) and not (protocol or rerank or cutoffs or joint)
         record = _own(here, {**asked, **where, **measure, "cutoffs": cutoffs, "reuse": reuse})
+        if not o.speaks():
+            return
     drawn, also = shown.evaluated(record, short=format_ == "text"), []
     if slices:
         drawn += shown.sliced(record, _slices(here))

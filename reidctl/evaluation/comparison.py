@@ -203,7 +203,7 @@ def context_of(run: Run, record: Mapping[str, Any]) -> Context:
         split=str(record["split"]),
         query=str(record["settings"].get("query", "caption")),
         degraded=f"{spoilt['kind']}, level {spoilt['level']:g}" if spoilt else "",
-        other_data=bool(other_tables(record["inputs"], trained["inputs"])),
+        other_data=trained.get("source") != "convert" and bool(other_tables(record["inputs"], trained["inputs"])),
         combined=(Run(learned.parent).record(learned.name) or {}).get("source") == "combine",
         method=str(trained["method"]),
         recipe=_option(trained["command"], "--recipe") or _option(trained["command"], "--method"),
@@ -213,7 +213,10 @@ def context_of(run: Run, record: Mapping[str, Any]) -> Context:
         epoch=trained.get("best_epoch"),
         epochs=trained.get("epochs"),
         seed=settings.get("seed"),
-        notes=tuple(str(note) for note in data.get("notes", ()) if "ublished" in str(note)),
+        notes=(
+            *(str(note) for note in data.get("notes", ()) if "ublished" in str(note)),
+            *([str(trained["seen_note"])] if "seen_note" in trained else []),
+        ),
     )
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from reidctl.parts import Parts
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -30,6 +32,16 @@ class Encoded:
         return Encoded(
             self.pooled[rows], None if tokens is None else tokens[rows], None if mask is None else mask[rows]
         )
+
+    def rows(self, name: str) -> dict[str, Tensor]:
+        """Return its tensors under the names `NAME`, `NAME_tokens` and `NAME_mask`, for `Parts`."""
+        found = {name: self.pooled, f"{name}_tokens": self.tokens, f"{name}_mask": self.mask}
+        return {key: value for key, value in found.items() if value is not None}
+
+    @classmethod
+    def of(cls, parts: Parts, name: str) -> "Encoded":
+        """Return what `rows` put into parts; tokens that joining padded are masked if it has a mask."""
+        return cls(parts[name], parts.get(f"{name}_tokens"), parts.get(f"{name}_mask"))
 
 
 def join(parts: Sequence[Encoded]) -> Encoded:
@@ -87,15 +99,26 @@ def matching_pairs(similarity: Tensor, wrong: Tensor, temperature: float) -> tup
     """
     own = torch.arange(len(similarity), device=similarity.device)
     images, texts = [own], [own]
-    for scores, allowed, row, column in (
-        (similarity, wrong, images, texts),
-        (similarity.T, wrong.T, texts, images),
+    # How many pairs there are decides the shape of all that follows: both directions ask the device once.
+    some = torch.stack([wrong.any(dim=1), wrong.any(dim=0)]).cpu()
+    for scores, allowed, useful, row, column in (
+        (similarity, wrong, some[0], images, texts),
+        (similarity.T, wrong.T, some[1], texts, images),
     ):
-        rows = allowed.any(dim=1).nonzero().flatten()
+        rows = useful.nonzero().flatten().to(similarity.device, non_blocking=True)
         if len(rows):
             logits = (scores.detach().float() / temperature).masked_fill(~allowed, -torch.inf)[rows]
             row.append(rows)
-            column.append(torch.multinomial(logits.softmax(dim=1), 1).flatten())
+            column.append(_draw(logits.softmax(dim=1)))
     image, text = torch.cat(images), torch.cat(texts)
     label = (torch.arange(len(image), device=image.device) < len(own)).float()
     return image, text, label
+
+
+def _draw(shares: Tensor) -> Tensor:
+    """Draw a column of each row of shares (R, B) with p proportional to them, shape (R,).
+
+    What `torch.multinomial` computes for one draw, the exponential race, without asking the device whether the shares
+    are sound.
+    """
+    return (shares / torch.empty_like(shares).exponential_()).argmax(dim=1)

@@ -163,6 +163,15 @@ def set_mean(scores: Tensor, mask: Tensor) -> Tensor:
     return (scores * mask).sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)
 
 
+def one_of_each(mask: Tensor) -> Tensor:
+    """Return one of the phrases of each row (B, K) at random, all equally likely, shape (B,); any where there is none.
+
+    As `torch.multinomial` draws it, which asks the device whether the probabilities are such.
+    """
+    weight = mask.float() + 1e-6
+    return (weight / torch.empty_like(weight).exponential_()).argmax(dim=1)
+
+
 def _pieces(values: Tensor, size: int) -> list[Tensor]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 

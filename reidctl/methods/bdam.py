@@ -27,6 +27,7 @@ from reidctl.layers.matching import Encoded, MatchHead, matching_pairs
 from reidctl.layers.settings import HsicConfig, InfoNceConfig, TripletConfig
 from reidctl.layers.shared import AUTO, LAST_MLP, SharedLayer
 from reidctl.methods.base import Method, MethodConfig, Role, TargetText, unit
+from reidctl.parts import Parts
 
 Protocol = Literal["image_only", "own_text", "visual", "pairwise"]
 ClothingLoss = Literal["aln", "adv", "grl"]
@@ -194,72 +195,98 @@ class Bdam(Method):
         share = tokens.mask / tokens.mask.sum(dim=1, keepdim=True)
         return torch.einsum("bl,blw->bw", share, hidden), hidden
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
-        """Return the active ones of `info`, `triplet`, `aln`, `adv`, `grl`, `decouple`, `gate`, `match`."""
-        config, person = self.config, batch.require("person")
-        streams = self.streams(batch.require("image"))
-        found: dict[str, Tensor] = {}
-        if any(self.active(name) for name in ("info", "gate", "match")):
-            found |= self._matching(batch, streams)
-        if self.active("triplet"):
-            identity = functional.normalize(streams.identity, dim=-1) if config.triplet.normalize else streams.identity
-            found["triplet"] = losses.batch_hard_triplet(
-                identity,
-                person,
-                margin=config.triplet.margin,
-                squared=config.triplet.squared,
-                mining=config.triplet.mining,
-            )
-        if any(self.active(name) for name in ("aln", "adv", "grl")):
-            found |= self._clothing(batch, streams)
-        if self.active("decouple"):
-            found["decouple"] = losses.hsic(
-                streams.identity, streams.clothing, kernel=config.hsic.kernel, normalize=config.hsic.normalize
-            )
-        return {name: found[name] for name in self.loss_weights if self.active(name)}
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return what the active losses read of B samples; what none of them reads is left out.
 
-    def _matching(self, batch: Batch, streams: Streams) -> dict[str, Tensor]:
-        """InfoNCE of image-only and of fused features against the texts.
-
-        The fused feature takes the identity text of ANOTHER image of the person; rows without one do not take part.
+        `person` (B,); `identity` and `clothing`, the gated streams (B, D); the tensors of `_encode_matching` and
+        `_encode_clothing`; and `usable` (M,): the samples whose `fused` may be read.
         """
-        settings = self.config.info_nce
-        person = batch.require("person")
-        text, text_tokens = self.text_features(batch.texts["full"])
-        key = self.fusion(None, text, text_tokens=text_tokens, text_mask=batch.texts["full"].mask).feature
-        mate, mate_tokens = self.text_features(batch.texts["fusion"])
+        rows = {"person": batch.require("person")}
+        matching, clothing = self._any_active("info", "gate", "match"), self._any_active("aln", "adv", "grl")
+        if matching:
+            # The one question to the device, asked before there is work that the answer would have to wait for.
+            rows["usable"] = batch.require("has_fusion").nonzero().flatten()
+        streams = self.streams(batch.require("image"))
+        if matching:
+            rows |= self._encode_matching(batch, streams)
+        if clothing:
+            rows |= self._encode_clothing(batch, streams)
+        if self._any_active("triplet", "grl", "decouple"):
+            rows["identity"] = streams.identity
+        if self.active("decouple"):
+            rows["clothing"] = streams.clothing
+        return Parts(rows, {"usable": "fused"} if matching else {})
+
+    def _any_active(self, *names: str) -> bool:
+        return any(self.active(name) for name in names)
+
+    def _encode_matching(self, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+        """What images and texts are compared by.
+
+        `image` as in the gallery and its `query`; `fused`, the image with the identity text of ANOTHER image of the
+        person, and its `key`; `gate`, if it is regularised.
+        """
+        full, other = batch.texts["full"], batch.texts["fusion"]
+        text, text_tokens = self.text_features(full)
+        key = self.fusion(None, text, text_tokens=text_tokens, text_mask=full.mask).feature
+        mate, mate_tokens = self.text_features(other)
         fused = self.fusion(
             streams.identity,
             mate,
             image_tokens=streams.identity_tokens,
             text_tokens=mate_tokens,
-            text_mask=batch.texts["fusion"].mask,
+            text_mask=other.mask,
         )
-        image, query = self._image_feature(streams, batch), key
+        image = self._image_feature(streams, batch)
+        rows = {"image": image, "key": key, "fused": fused.feature}
         if self.config.protocol == "visual":
-            query = text
-        alone = self._info_nce(image, query, person)
-        usable = batch.require("has_fusion")
-        together = self._info_nce(fused.feature[usable], key[usable], person[usable])
-        share = settings.fused_share
-        found = {"info": (1 - share) * alone + share * together}
-        if self.config.gate_regulariser == "balance":
-            found["gate"] = gate_balance(fused.weights)
-        elif self.config.gate_regulariser == "entropy" and streams.gate is not None:
-            found["gate"] = gate_entropy(streams.gate)
+            rows["query"] = text
+        if self.active("gate"):
+            gate = fused.weights if self.config.gate_regulariser == "balance" else streams.gate
+            assert gate is not None
+            rows["gate"] = gate
         if self.active("match"):
-            words = self.fusion.encode_text(text, text_tokens, batch.texts["full"].mask)
-            found["match"] = self._match(streams, words, torch.cosine_similarity(image[:, None], key[None], -1), batch)
-        return found
+            rows |= self.fusion.encode_text(text, text_tokens, full.mask).rows("pair_text")
+            rows |= self.fusion.encode_image(streams.identity, streams.identity_tokens).rows("pair_image")
+            # Joined parts are padded with 0, which is a word of some vocabularies.
+            rows["words"] = (full.ids + 1).masked_fill(~full.mask, 0)
+        return rows
 
-    def _match(self, streams: Streams, texts: Encoded, similarity: Tensor, batch: Batch) -> Tensor:
-        person, ids = batch.require("person"), batch.texts["full"].ids
-        wrong = person[:, None] != person
+    def _encode_clothing(self, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+        """`described`, the clothing texts (B, W), their `group` (B,), and `worn`, the clothing seen (B, W)."""
+        rows = {"described": self.text_features(batch.texts["clothing"])[0]}
         if self.config.mask_duplicates:
-            wrong = wrong & (ids[:, None] != ids).any(dim=-1)
-        image, text, label = matching_pairs(similarity, wrong, self.config.info_nce.temperature)
-        images = self.fusion.encode_image(streams.identity, streams.identity_tokens)
-        return losses.match(self.match_head(self.fusion.mix(images[image], texts[text]).feature), label)
+            rows["group"] = batch.require("clothing_group")
+        if self._any_active("aln", "adv"):
+            rows["worn"] = self.clothing_head(streams.pooled_clothing)
+        return rows
+
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
+        """Return the active ones of `info`, `triplet`, `aln`, `adv`, `grl`, `decouple`, `gate`, `match`.
+
+        `match` and the triplet loss with random mining draw from the process-wide generator.
+        """
+        makers = {
+            "info": self._info,
+            "gate": self._gate,
+            "match": self._match,
+            "triplet": self._triplet,
+            "aln": self._aln,
+            "adv": self._adv,
+            "grl": self._grl,
+            "decouple": self._decouple,
+        }
+        found = {name: make(parts) for name, make in makers.items() if self.active(name)}
+        return {name: found[name] for name in self.loss_weights if name in found}
+
+    def _info(self, parts: Parts) -> Tensor:
+        """InfoNCE of the images as they are retrieved, and of fused features, against the texts."""
+        person, usable, key = parts["person"], parts["usable"], parts["key"]
+        query = parts["query"] if self.config.protocol == "visual" else key
+        alone = self._info_nce(parts["image"], query, person)
+        together = self._info_nce(parts["fused"][usable], key[usable], person[usable])
+        share = self.config.info_nce.fused_share
+        return (1 - share) * alone + share * together
 
     def _info_nce(self, image: Tensor, text: Tensor, person: Tensor) -> Tensor:
         settings = self.config.info_nce
@@ -272,24 +299,56 @@ class Bdam(Method):
             multiple=settings.multiple,
         )
 
-    def _clothing(self, batch: Batch, streams: Streams) -> dict[str, Tensor]:
-        config = self.config
-        text, _ = self.text_features(batch.texts["clothing"])
-        group = batch.require("clothing_group") if config.mask_duplicates else None
-        clothing = self.clothing_head(streams.pooled_clothing)
-        temperature = config.clothing_temperature
-        found = {}
-        if self.active("aln"):
-            found["aln"] = losses.clothing_alignment(clothing, text, temperature=temperature, group=group)
-        if self.active("adv"):
-            found["adv"] = losses.clothing_adversarial(
-                clothing, text, temperature=temperature, p_pos=config.p_pos, group=group
-            )
-        if self.active("grl"):
-            # The texts are a fixed target here: an adversary must not be beaten by blurring what it aims at.
-            guess = self.critic(reverse_gradient(streams.identity, config.grl_strength))
-            found["grl"] = losses.clothing_alignment(guess, text.detach(), temperature=temperature, group=group)
-        return found
+    def _gate(self, parts: Parts) -> Tensor:
+        regulariser = gate_balance if self.config.gate_regulariser == "balance" else gate_entropy
+        return regulariser(parts["gate"])
+
+    def _match(self, parts: Parts) -> Tensor:
+        wrong = parts["person"][:, None] != parts["person"]
+        if self.config.mask_duplicates:
+            wrong = wrong & (parts["words"][:, None] != parts["words"]).any(dim=-1)
+        # Similarity only steers the draw.
+        gallery, texts = parts["image"].detach(), parts["key"].detach()
+        similarity = torch.cosine_similarity(gallery[:, None], texts[None], -1)
+        image, text, label = matching_pairs(similarity, wrong, self.config.info_nce.temperature)
+        pairs = Encoded.of(parts, "pair_image")[image], Encoded.of(parts, "pair_text")[text]
+        return losses.match(self.match_head(self.fusion.mix(*pairs).feature), label)
+
+    def _triplet(self, parts: Parts) -> Tensor:
+        settings, identity = self.config.triplet, parts["identity"]
+        return losses.batch_hard_triplet(
+            functional.normalize(identity, dim=-1) if settings.normalize else identity,
+            parts["person"],
+            margin=settings.margin,
+            squared=settings.squared,
+            mining=settings.mining,
+        )
+
+    def _aln(self, parts: Parts) -> Tensor:
+        return self._alignment(parts, parts["worn"], parts["described"])
+
+    def _grl(self, parts: Parts) -> Tensor:
+        # The texts are a fixed target here: an adversary must not be beaten by blurring what it aims at.
+        guess = self.critic(reverse_gradient(parts["identity"], self.config.grl_strength))
+        return self._alignment(parts, guess, parts["described"].detach())
+
+    def _alignment(self, parts: Parts, seen: Tensor, text: Tensor) -> Tensor:
+        temperature = self.config.clothing_temperature
+        return losses.clothing_alignment(seen, text, temperature=temperature, group=parts.get("group"))
+
+    def _adv(self, parts: Parts) -> Tensor:
+        config, group = self.config, parts.get("group")
+        return losses.clothing_adversarial(
+            parts["worn"],
+            parts["described"],
+            temperature=config.clothing_temperature,
+            p_pos=config.p_pos,
+            group=group,
+        )
+
+    def _decouple(self, parts: Parts) -> Tensor:
+        settings = self.config.hsic
+        return losses.hsic(parts["identity"], parts["clothing"], kernel=settings.kernel, normalize=settings.normalize)
 
     def train(self, mode: bool = True) -> "Bdam":
         """Switch to training; frozen encoders stay without dropout."""
@@ -319,10 +378,15 @@ class Bdam(Method):
         self._choose_layer(losses)
         return super().gradient_norms(losses)
 
+    @property
+    def balances(self) -> bool:
+        """With GradNorm."""
+        return self.balancer is not None
+
     def _choose_layer(self, losses: Mapping[str, Tensor]) -> None:
         if self.layer is None or self.balancer is None or not self.training:
             return
-        if self.layer.choose(losses, self._trained(), wait=self.balancer.warming):
+        if self.layer.choose(losses, self._trained(), wait=self.balancer.warming, gradients=self.gradients):
             why = f": {self.layer.reason}" if self.layer.reason else ""
             log.info(f"GradNorm measures gradients at `{self.layer.name}`{why}.")
 
@@ -347,7 +411,7 @@ class Bdam(Method):
         if self.training:
             # The balancer sees unweighted losses: it would undo the fixed weights, which multiply its own.
             self._choose_layer(losses)
-            report = self.balancer.step(raw, self.shared_weight())
+            report = self.balancer.step(raw, self.shared_weight(), gradients=self.gradients)
             self._balanced = report if "gradnorm" in report else self._balanced
         total = self.balancer.combine({name: scaled[name] for name in raw})
         return total + scaled["grl"] if "grl" in scaled else total

@@ -7,7 +7,7 @@ code (Syliz517/CLIP-ReID at eb1898b, configs/person/vit_clipreid.yml) without wh
 when the images divide by 64, batches that must hold exactly K images of everybody, devices written into the code.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +21,11 @@ from reidctl.batch import Batch, Roster
 from reidctl.config import Section
 from reidctl.errors import UsageError
 from reidctl.layers.bnneck import BNNeck
+from reidctl.layers.groups import GroupedBatch, grouped, split_parts
 from reidctl.layers.prompts import Prompt, PromptTemplate
 from reidctl.layers.settings import RawTripletConfig
 from reidctl.methods.base import Method, MethodConfig, Role, Task, unit
+from reidctl.parts import Parts
 
 
 class SieConfig(Section):
@@ -35,7 +37,7 @@ class SieConfig(Section):
 
 
 class ScoreConfig(Section):
-    """How an image and a prompt are compared in a loss; the defaults are the published code's."""
+    """How an image and a prompt are compared, as the losses take it; the defaults are the published code's."""
 
     normalize: bool = False
     """Cosine instead of the dot product; with encoders trained from nothing use it with a temperature of 0.07."""
@@ -259,36 +261,48 @@ class ClipReid(Method):
 
     # Losses
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> GroupedBatch:
+        """Find out who is in the batch, by group."""
+        return grouped(batch, len(self.local), self.persons)
+
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return `person` (B,), `group<k>`, the samples of each group if there are several, and what a stage reads.
+
+        Stage 1: `image` (B, D), `prompt` (U, D), each different person's sentence in each group, and numbers that say
+        whose: `owner` (U,) of the sentences, `label` (B,) of the images. Stage 2: the features of `Seen`.
+        """
+        # Training prepares batches on the CPU; here a device would be asked who is in them.
+        batch = batch if isinstance(batch, GroupedBatch) else self.prepare(batch)
+        rows = {"person": batch.require("person")}
+        if stage != "prompt-stage":
+            rows |= vars(self.see(batch))
+        elif self.active("con"):
+            rows |= self._first_rows(batch)
+        groups = batch.group_rows()
+        return Parts(rows | groups, dict.fromkeys(groups, "person"))
+
+    def _first_rows(self, batch: GroupedBatch) -> dict[str, Tensor]:
+        """What the contrast of stage 1 reads."""
+        prompts = [self.prompt_features(who, group) for group, who in enumerate(batch.people()) if len(who)]
+        return {"image": self._kept(batch), "prompt": torch.cat(prompts), "owner": batch.owner, "label": batch.label}
+
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
         """Return `con` (stage 1), or `id`, `triplet` and `i2t` (stage 2), each unweighted and summed over groups."""
         wanted = self.current_weights(stage)
         if stage == "prompt-stage":
-            return {"con": self._contrast(batch)} if "con" in wanted else {}
-        seen, person = self.see(batch), batch.require("person")
-        parts = [self._of_group(group, seen[rows], person[rows], wanted) for group, rows in self._split(batch)]
-        return {name: torch.stack([part[name] for part in parts]).sum() for name in wanted}
+            return {"con": self._contrast(parts)} if "con" in wanted else {}
+        seen, person = Seen(parts["previous"], parts["hidden"], parts["proj"]), parts["person"]
+        each = split_parts(parts, len(self.local))
+        found = [self._of_group(group, seen[rows], person[rows], wanted) for group, rows in each]
+        return {name: torch.stack([part[name] for part in found]).sum() for name in wanted}
 
-    def _split(self, batch: Batch) -> Iterator[tuple[int, Tensor | slice]]:
-        """Yield the groups that a batch holds people of, with the rows of each."""
-        yield 0, slice(None)
-
-    def _contrast(self, batch: Batch) -> Tensor:
-        """L_con, summed over groups."""
-        image, person, config = self._kept(batch), batch.require("person"), self.config.con
-        found = []
-        for group, rows in self._split(batch):
-            owner = torch.unique(person[rows])
-            prompts = self.prompt_features(owner, group)
-            found.append(
-                prompt_losses.prompt_contrast(
-                    image[rows],
-                    prompts,
-                    person[rows],
-                    owner,
-                    temperature=config.temperature,
-                    normalize=config.normalize,
-                )
-            )
+    def _contrast(self, parts: Parts) -> Tensor:
+        """L_con, summed over groups; of a person whom several parts hold, the first sentence counts."""
+        image, label, asked = parts["image"], parts["label"], dict(self.config.con)
+        found = [
+            prompt_losses.prompt_contrast(image[rows], parts["prompt"], label[rows], parts["owner"], **asked)
+            for _, rows in split_parts(parts, len(self.local))
+        ]
         return torch.stack(found).sum()
 
     def _kept(self, batch: Batch) -> Tensor:
@@ -309,25 +323,17 @@ class ClipReid(Method):
         if "i2t" in wanted:
             texts = self.group_texts(group)
             found["i2t"] = prompt_losses.image_to_text(
-                seen.proj,
-                texts,
-                self._text_target(group, target),
-                temperature=config.i2t.temperature,
-                normalize=config.i2t.normalize,
-                smoothing=config.smoothing,
+                seen.proj, texts, self._text_target(group, target), smoothing=config.smoothing, **dict(config.i2t)
             )
         return found
 
     def _triplets(self, seen: Seen, person: Tensor) -> Tensor:
         """The sum over the last-but-one block's, the last block's and the projected class token."""
         settings, found = self.config.triplet, []
+        asked = settings.model_dump(exclude={"normalize"})
         for feature in (seen.previous, seen.hidden, seen.proj):
             feature = unit(feature) if settings.normalize else feature
-            found.append(
-                losses.batch_hard_triplet(
-                    feature, person, margin=settings.margin, squared=settings.squared, mining=settings.mining
-                )
-            )
+            found.append(losses.batch_hard_triplet(feature, person, **asked))
         return torch.stack(found).sum()
 
     # Stage 1 on frozen encoders

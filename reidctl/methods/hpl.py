@@ -9,122 +9,31 @@ nor networks. The paper has no public code; docs/methods.md lists what it leaves
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from reidctl import losses, prompt_losses
-from reidctl.backbones.attention import Isolation
 from reidctl.backbones.base import Backbone, ImageFeatures, TextFeatures, last_real
 from reidctl.batch import Batch
-from reidctl.config import Section
-from reidctl.errors import UsageError
 from reidctl.layers.bnneck import BNNeck
-from reidctl.layers.inversion import Inversion, Readout, diversity, mismatch
+from reidctl.layers.groups import GroupedBatch, grouped
+from reidctl.layers.hpl_settings import HplSettings, InversionConfig, check
+from reidctl.layers.inversion import Inversion, diversity, mismatch
 from reidctl.layers.prompts import PromptTemplate, to_words
-from reidctl.layers.settings import PlainTripletConfig
 from reidctl.methods.base import Method, MethodConfig, Role, Task, unit
+from reidctl.parts import Parts
 
 Slots = dict[str, Tensor]
 CONSTRUCTION = ("ic", "proto_t2i", "proto_i2t")
 """The losses of stage I."""
+TEXT_LOSSES, IMAGE_LOSSES = ("sdm", "id_t2i", "tgps", "vgps", "cmpr"), ("triplet", "id_i2i", "cic")
+"""Those of stage II that serve text-to-image and image-to-image retrieval."""
 
 
-class TrtConfig(Section):
-    """The Task-Routed Transformer: a second class token."""
-
-    dual: bool = True
-    """False: one class token serves both tasks (Table 3, first row)."""
-    init: Literal["copy", "random", "zeros"] = "copy"
-    """The new token: a copy of the first with N(0, 0.01) noise, N(0, 0.02) or zeros; not stated."""
-    isolation: Isolation = "none"
-    """Who sees whom: everybody (`none`, as published), class tokens not each other (`cls`; they still meet through the
-    patches), patches not the class tokens either (`full`: only then no token reaches the other's output)."""
-    i2i_proj: Literal["shared", "own", "none"] = "shared"
-    """v_i2i passes CLIP's projection, one of its own that starts as a copy, or none (its width is then the tower's)."""
-
-
-class InversionConfig(Section):
-    """The inversion networks; see `layers.inversion`. The paper gives their depth alone."""
-
-    layers: int = Field(default=4, ge=1)
-    width: int | None = Field(default=None, ge=8)
-    """None: the width of the joint space."""
-    heads: int = Field(default=8, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    readout: Readout = "queries"
-    input: Literal["proj", "hidden"] = "proj"
-    """Token features in the joint space, or the towers' own before the projection."""
-
-
-class StageTwoConfig(Section):
-    """What stage II trains of stage I's modules; not stated."""
-
-    train_inversion: bool = True
-    train_id_tokens: bool = False
-    train_prompt_encoder: bool = False
-    """With either of the last two, the prompts of all people are encoded anew at every step."""
-    keep_ic: float = Field(default=0.0, ge=0)
-    """Weight of stage I's inversion consistency in stage II; CMPR alone is least for a constant prompt."""
-
-
-class HplConfig(MethodConfig):
+class HplConfig(HplSettings, MethodConfig):
     """Settings of `hpl`; the defaults are the recipe `hpl`."""
-
-    trt: TrtConfig = TrtConfig()
-    prompts: Literal["soft", "words", "plain", "none"] = "soft"
-    """`soft` as published; `words` moves every learnt or inverted token to its nearest word (a hard prompt);
-    `plain` is the fixed sentence `plain_template`, which knows neither person nor image; `none` leaves L_base."""
-    cmpr: bool = True
-    """False leaves L_CMPR out ("TRT + HPL")."""
-    two_stage: bool = True
-    """False trains everything at once, stage I's losses included, without a prompt stage."""
-    train_tasks: tuple[Task, ...] = ("t2i", "i2i")
-    """Whose losses count: one task alone is a single-task model (Fig. 1a)."""
-    template: str = "A photo of {id} and {inst} person"
-    """Without the full stop of the printed T^v; Fig. 2 draws "A photo of a {id} and {inst} person."."""
-    identity_template: str = "A photo of {id} person"
-    instance_template: str = "A photo of {inst} person"
-    """For people who were never trained on and have no identity tokens: analyses only, retrieval needs no prompt."""
-    plain_template: str = "A photo of a person"
-    n_id_tokens: int = Field(4, ge=0)
-    n_inst_tokens: int = Field(default=4, ge=1)
-    id_tokens: Literal["per_identity", "global"] = "per_identity"
-    """"Shared" tokens: by the three prompts of a person, or by everybody (then Eq. 11 cannot tell people apart)."""
-    inversion: InversionConfig = InversionConfig()
-    temperature: float = Field(0.02, gt=0)
-    """Of SDM."""
-    tau_prompt: float = Field(0.02, gt=0)
-    """Of Eq. 8, 9 and 11; 1 is the literal reading."""
-    proto_positives: Literal["id", "literal"] = "id"
-    l2_space: Literal["unit", "raw"] = "unit"
-    lambda1: float = Field(0.4, ge=0)
-    """Weight of L_tgps and L_vgps."""
-    lambda2: float = Field(0.06, ge=0)
-    """Weight of L_CMPR."""
-    cic_reduction: Literal["mean", "sum"] = "mean"
-    """`sum` over the batch is printed in Eq. 11; all other losses are means."""
-    cic_over: Literal["all", "batch"] = "all"
-    """Among whose prompts an image is classified. `batch` spares one-stage training N text passes per step."""
-    i2i_losses_on: Literal["all", "i2i"] = "all"
-    """Whether triplet and identity loss of v_i2i read all images or those without a caption (a batch in which all have
-    one is read whole)."""
-    ilpa_detach: Literal["none", "prompt", "feature"] = "none"
-    """Which side of L_tgps and L_vgps gets no gradient."""
-    stage2: StageTwoConfig = StageTwoConfig()
-    triplet: PlainTripletConfig = PlainTripletConfig()
-    freeze: tuple[Literal["image", "text"], ...] = ()
-    """Encoders that stage II leaves as they are; the second class token still trains."""
-    i2i_feature: Literal["proj", "concat", "bn"] = "proj"
-    """What is compared image to image: v_i2i; beside it the same token before the projection; or v_i2i after the norm
-    of its identity head."""
-
-    @property
-    def inverts(self) -> bool:
-        """Whether there are learnt tokens and inversion networks."""
-        return self.prompts in ("soft", "words")
 
     @property
     def needs_prompt_stage(self) -> bool:
@@ -194,7 +103,7 @@ class Hpl(Method):
 
     def __init__(self, config: HplConfig, backbone: Backbone, persons: int) -> None:
         super().__init__(config, backbone, persons)
-        _check(config)
+        check(config)
         self.stage = "finetune"
         self.prototypes = None
         self._conflict: dict[str, float] = {}
@@ -402,33 +311,114 @@ class Hpl(Method):
     def _plain(self, count: int) -> Tensor:
         return self.encode_prompts("whole", {}, 1).expand(count, -1)
 
+    # What is computed of each sample by itself
+
+    def prepare(self, batch: Batch) -> GroupedBatch:
+        """Find out which different people are in the batch."""
+        return grouped(batch, 1, self.persons)
+
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return what the losses of a stage read of B samples, their T texts and their U people.
+
+        Always `person` (B,), `t2i` (B, D), `text` (T, D) and `row` (T,), the sample of each text. For L_ic the features
+        of the prompts that invert each sample: `inverted_image` (B, D) and `inverted_text` (T, D). In `finetune` also
+        `i2i` (B, D) and `metric`, see `Seen`; `uncaptioned`, where the losses of v_i2i read these samples alone; and
+        what `_align` returns. What `_people` returns is about the part's own people; the prompts of all people are
+        nobody's part, so that `losses_of` encodes them.
+        """
+        # Training prepares batches on the CPU; here a device would be asked who is in them.
+        batch = batch if isinstance(batch, GroupedBatch) else self.prepare(batch)
+        wanted, person = self.current_weights(stage), batch.require("person")
+        seen = None if stage == "prompt-stage" else self.split(self.see(batch.require("image")))
+        given = self._frozen(batch) if seen is None else self._read(seen, batch)
+        rows = {"person": person, "t2i": given.image, "text": given.text, "row": given.row}
+        if "ic" in wanted:
+            rows |= self._invert(given, person)
+        rows |= self._people(batch.owner, wanted)
+        if seen is not None:
+            rows |= {"i2i": seen.i2i, "metric": seen.metric, **self._uncaptioned(batch)}
+            rows |= self._align(given, person, wanted)
+        return Parts(rows, {name: "t2i" for name in ("row", "uncaptioned") if name in rows})
+
+    def _read(self, seen: Seen, batch: Batch) -> "_Given":
+        if not _has_texts(batch):
+            return _Given.without_texts(seen.t2i, seen.tokens)
+        tokens = batch.texts["full"]
+        text = self.backbone.encode_text(tokens)
+        words = self.text_tokens(text)
+        return _Given(seen.t2i, seen.tokens, text.pooled, batch.image_of_text(), words, tokens.mask)
+
+    def _uncaptioned(self, batch: Batch) -> Slots:
+        """The samples without a caption, in order, where the settings ask for them and some may have one."""
+        if self.config.i2i_losses_on == "all" or batch.has_text is None:
+            return {}
+        # Sorted rather than searched for: how many there are is known without asking the device.
+        count = len(batch) - len(batch.image_of_text())
+        return {"uncaptioned": batch.has_text.int().argsort(stable=True)[:count]}
+
+    def _invert(self, given: "_Given", person: Tensor) -> Slots:
+        """The features of the prompts that hold an image's or a text's own pseudo-words (Eq. 5), (B, D) and (T, D)."""
+        image = self.prompted(self.pseudo_image(given.tokens), person)
+        text = image.new_zeros(0, image.shape[1])
+        if given.words is not None:
+            text = self.prompted(self.pseudo_text(given.words, given.mask), person[given.row])
+        return {"inverted_image": image, "inverted_text": text}
+
+    def _people(self, owner: Tensor, wanted: Mapping[str, float]) -> Slots:
+        """`owner` (U,), and `prompt` (U, D), their identity prompts unless kept; as far as a loss is about the batch's.
+
+        People whom several parts hold are there several times.
+        """
+        contrasted = "proto_t2i" in wanted or "proto_i2t" in wanted
+        classified = "cic" in wanted and self.config.cic_over == "batch"
+        if contrasted or (classified and self.prototypes is None):
+            return {"owner": owner, "prompt": self.identity_prompts(owner)}
+        return {"owner": owner} if classified else {}
+
+    def _align(self, given: "_Given", person: Tensor, wanted: Mapping[str, float]) -> Slots:
+        """Pseudo-words P^v and P^t of the pairs, (T, M, W), and as far as wanted their prompts v~ and t~, (T, D)."""
+        prompts = {"text_prompt": "tgps", "image_prompt": "vgps"}
+        asked = [name for name, loss in prompts.items() if loss in wanted]
+        if not self.config.inverts or not (asked or "cmpr" in wanted):
+            return {}
+        if given.words is None:
+            # A part without captions: as the others, with no rows.
+            words = given.image.new_zeros(0, self.config.n_inst_tokens, self.backbone.width_text)
+            return {"image_words": words, "text_words": words, **dict.fromkeys(asked, given.text)}
+        image = self.pseudo_image(_of(given.tokens, given.row))
+        text = self.pseudo_text(given.words, given.mask)
+        owner, pseudo = _of(person, given.row), {"text_prompt": text, "image_prompt": image}
+        return {"image_words": image, "text_words": text} | {name: self.prompted(pseudo[name], owner) for name in asked}
+
     # Losses
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
         """Return the stage's losses by name, each unweighted; see `current_weights`."""
         wanted = self.current_weights(stage)
         if stage == "prompt-stage":
-            return self._construction(self._frozen(batch), batch, wanted)
-        seen = self.split(self.see(batch.require("image")))
-        has_texts = "full" in batch.texts and bool(len(batch.texts["full"]))
-        text = self.backbone.encode_text(batch.texts["full"]) if has_texts else None
-        found = self._base(seen, text, batch, wanted) | self._prompting(seen, text, batch, wanted)
-        return {name: found[name] for name in wanted if name in found}
+            return self._construction(parts, wanted)
+        found = self._base(parts, wanted)
+        if "cic" in wanted:
+            found["cic"] = self._cic(parts)
+        found |= self._construction(parts, wanted) | self._alignment(parts, wanted)
+        return {name: found[name] for name in wanted}
 
-    def _base(self, seen: Seen, text: TextFeatures | None, batch: Batch, wanted: Mapping[str, float]) -> Slots:
+    def _base(self, parts: Parts, wanted: Mapping[str, float]) -> Slots:
         """L_base = L_sdm + L_id of v_t2i on pairs, L_tri + L_id of v_i2i on images (Eq. 2)."""
-        person, pairs = batch.require("person"), _pairs(batch)
+        image, words, owner = _of(parts["t2i"], parts["row"]), parts["text"], _of(parts["person"], parts["row"])
         found: Slots = {}
-        image = seen.t2i[pairs]
-        words = seen.t2i[:0] if text is None else text.pooled
-        image = image if text is not None else image[:0]
-        owner = person[pairs][: len(image)]
         if "sdm" in wanted:
             found["sdm"] = losses.sdm(image, words, owner, temperature=self.config.temperature)
         if "id_t2i" in wanted:
             found["id_t2i"] = losses.id_loss(self.classifier(image), self.classifier(words), owner)
-        rows = self._i2i_rows(batch)
-        metric, people = seen.metric[rows], person[rows]
+        return found | self._base_of_images(parts, wanted)
+
+    def _base_of_images(self, parts: Parts, wanted: Mapping[str, float]) -> Slots:
+        """L_tri + L_id of v_i2i, on all images or on those without a caption."""
+        uncaptioned = parts.get("uncaptioned")
+        rows = slice(None) if uncaptioned is None else uncaptioned
+        metric, people = parts["metric"][rows], parts["person"][rows]
+        found: Slots = {}
         if "triplet" in wanted:
             settings = self.config.triplet
             feature = nn.functional.normalize(metric, dim=-1) if settings.normalize else metric
@@ -440,80 +430,69 @@ class Hpl(Method):
             found["id_i2i"] = losses.cross_entropy(logits, people)
         return found
 
-    def _i2i_rows(self, batch: Batch) -> Tensor | slice:
-        if self.config.i2i_losses_on == "all" or batch.has_text is None:
-            return slice(None)
-        return ~batch.has_text
-
-    def _prompting(self, seen: Seen, text: TextFeatures | None, batch: Batch, wanted: Mapping[str, float]) -> Slots:
-        """L_cic, L_tgps, L_vgps and L_CMPR (Eq. 10-12), and stage I's losses where they go on."""
-        person, pairs = batch.require("person"), _pairs(batch)
-        found: Slots = {}
-        if "cic" in wanted:
-            found["cic"] = self._cic(seen.i2i, person)
-        first = [name for name in CONSTRUCTION if name in wanted]
-        if first:
-            tokens = None if text is None else self.text_tokens(text)
-            given = _Frozen(seen.t2i, seen.tokens, None if text is None else text.pooled, tokens)
-            found |= self._construction(given, batch, {name: wanted[name] for name in first})
-        if text is None or not any(name in wanted for name in ("tgps", "vgps", "cmpr")):
-            nothing = losses.zero(seen.t2i)
-            return found | {name: nothing for name in ("tgps", "vgps", "cmpr") if name in wanted}
-        owner, mask = person[pairs], batch.texts["full"].mask
-        if self.config.inverts:
-            image_tokens = self.pseudo_image(seen.tokens[pairs])
-            text_tokens = self.pseudo_text(self.text_tokens(text), mask)
-            self._pseudo = (image_tokens.detach(), text_tokens.detach())
-            if "cmpr" in wanted:
-                found["cmpr"] = prompt_losses.prompt_regularisation(text_tokens, image_tokens)
-        if "tgps" in wanted:
-            prompt = self.prompted(text_tokens, owner) if self.config.inverts else self._plain(len(owner))
-            found["tgps"] = self._ilpa(prompt, seen.t2i[pairs])
-        if "vgps" in wanted:
-            prompt = self.prompted(image_tokens, owner) if self.config.inverts else self._plain(len(owner))
-            found["vgps"] = self._ilpa(prompt, text.pooled)
-        return found
-
-    def _ilpa(self, prompt: Tensor, feature: Tensor) -> Tensor:
-        detach = self.config.ilpa_detach
-        prompt = prompt.detach() if detach == "prompt" else prompt
-        feature = feature.detach() if detach == "feature" else feature
-        return prompt_losses.feature_distance(prompt, feature, space=self.config.l2_space)
-
-    def _cic(self, image: Tensor, person: Tensor) -> Tensor:
-        config = self.config
+    def _cic(self, parts: Parts) -> Tensor:
+        """L_cic (Eq. 11), among the prompts of all people or of those in the batch."""
+        config, owner = self.config, None
         if config.cic_over == "batch":
-            owner, person = torch.unique(person, return_inverse=True)
-            every = self.identity_prompts(owner) if self.prototypes is None else self.prototypes[owner]
+            owner = parts["owner"]
+            every = parts["prompt"] if self.prototypes is None else self.prototypes[owner]
         else:
             every = self.identity_prompts() if self.prototypes is None else self.prototypes
         return prompt_losses.prompt_classification(
-            image, every.to(image.device), person, temperature=config.tau_prompt, reduction=config.cic_reduction
+            parts["i2i"],
+            every.to(parts["i2i"].device),
+            parts["person"],
+            owner,
+            temperature=config.tau_prompt,
+            reduction=config.cic_reduction,
         )
 
-    def _construction(self, given: "_Frozen", batch: Batch, wanted: Mapping[str, float]) -> Slots:
-        """L_ic, L_t2i and L_i2t (Eq. 6-9); the text half of L_ic reads pairs only."""
-        person = batch.require("person")
+    def _construction(self, parts: Parts, wanted: Mapping[str, float]) -> Slots:
+        """L_ic, L_t2i and L_i2t (Eq. 6-9) as far as wanted; the text half of L_ic reads pairs only."""
         found: Slots = {}
         if "ic" in wanted:
-            image = self.prompted(self.pseudo_image(given.tokens), person)
-            found["ic"] = prompt_losses.feature_distance(image, given.image, space=self.config.l2_space)
-            if given.text is not None and given.text_tokens is not None:
-                mask = batch.texts["full"].mask
-                text = self.prompted(self.pseudo_text(given.text_tokens, mask), person[_pairs(batch)])
-                found["ic"] = found["ic"] + prompt_losses.feature_distance(text, given.text, space=self.config.l2_space)
+            found["ic"] = self._distance(parts["inverted_image"], parts["t2i"])
+            if len(parts["text"]):
+                found["ic"] = found["ic"] + self._distance(parts["inverted_text"], parts["text"])
         if "proto_t2i" in wanted or "proto_i2t" in wanted:
-            owner = torch.unique(person)
             both = prompt_losses.identity_contrast(
-                given.image,
-                self.identity_prompts(owner),
-                person,
-                owner,
+                parts["t2i"],
+                parts["prompt"],
+                parts["person"],
+                parts["owner"],
                 temperature=self.config.tau_prompt,
                 positives=self.config.proto_positives,
             )
             found |= dict(zip(("proto_t2i", "proto_i2t"), both, strict=True))
-        return {name: found[name] for name in wanted}
+        return {name: found[name] for name in CONSTRUCTION if name in wanted}
+
+    def _alignment(self, parts: Parts, wanted: Mapping[str, float]) -> Slots:
+        """L_CMPR, L_tgps and L_vgps (Eq. 10, 12) of pairs; zero for a batch without any."""
+        asked = [name for name in ("cmpr", "tgps", "vgps") if name in wanted]
+        text = parts["text"]
+        if not asked or not len(text):
+            return dict.fromkeys(asked, losses.zero(parts["t2i"]))
+        if self.config.inverts:
+            self._pseudo = (parts["image_words"].detach(), parts["text_words"].detach())
+        found: Slots = {}
+        if "cmpr" in asked:
+            found["cmpr"] = prompt_losses.prompt_regularisation(parts["text_words"], parts["image_words"])
+        if "tgps" in asked:
+            found["tgps"] = self._ilpa(parts.get("text_prompt"), _of(parts["t2i"], parts["row"]))
+        if "vgps" in asked:
+            found["vgps"] = self._ilpa(parts.get("image_prompt"), text)
+        return found
+
+    def _ilpa(self, prompt: Tensor | None, feature: Tensor) -> Tensor:
+        """The distance of prompts from features (T, D); without a prompt of its own, from the plain sentence."""
+        detach = self.config.ilpa_detach
+        prompt = self._plain(len(feature)) if prompt is None else prompt
+        prompt = prompt.detach() if detach == "prompt" else prompt
+        feature = feature.detach() if detach == "feature" else feature
+        return self._distance(prompt, feature)
+
+    def _distance(self, prompt: Tensor, feature: Tensor) -> Tensor:
+        return prompt_losses.feature_distance(prompt, feature, space=self.config.l2_space)
 
     # Stage I on frozen encoders
 
@@ -526,19 +505,19 @@ class Hpl(Method):
             text = self.backbone.encode_text(batch.texts["full"])
             return {"text": text.pooled, "text_tokens": self.text_tokens(text)}
 
-    def _frozen(self, batch: Batch) -> "_Frozen":
+    def _frozen(self, batch: Batch) -> "_Given":
         width = self.classifier.weight.dtype
         held = {name: value.to(width) for name, value in batch.frozen.items()}
         if "image" not in held:
             held |= self.frozen_features(Batch(image=batch.require("image")))
-        texts = "full" in batch.texts and bool(len(batch.texts["full"]))
-        if texts and "text" not in held:
-            held |= self.frozen_features(Batch(texts={"full": batch.texts["full"]}))
-        if not texts:
-            return _Frozen(held["image"], held["image_tokens"], None, None)
+        if not _has_texts(batch):
+            return _Given.without_texts(held["image"], held["image_tokens"])
+        texts = batch.texts["full"]
+        if "text" not in held:
+            held |= self.frozen_features(Batch(texts={"full": texts}))
         # Kept texts are as long as the longest of all: the rest of each is padding, which I_t does not read.
-        tokens = held["text_tokens"][:, : batch.texts["full"].mask.shape[1]]
-        return _Frozen(held["image"], held["image_tokens"], held["text"], tokens)
+        words = held["text_tokens"][:, : texts.mask.shape[1]]
+        return _Given(held["image"], held["image_tokens"], held["text"], batch.image_of_text(), words, texts.mask)
 
     def prompt_rows(self, persons: Sequence[str]) -> list[tuple[str, str, Tensor]]:
         """Return the identity tokens: of every person, or the one set that all share."""
@@ -637,16 +616,18 @@ class Hpl(Method):
     def _compare(self, found: Mapping[str, Tensor]) -> dict[str, float]:
         """`task_cosine`: cosine of the tasks' weighted gradients at the shared weight, where both reach it."""
         shared, weights = self.shared_weight(), self.current_weights(self.stage)
-        sides = []
-        for names in (("sdm", "id_t2i", "tgps", "vgps", "cmpr"), ("triplet", "id_i2i", "cic")):
-            parts = [weights[n] * found[n] for n in names if n in found and found[n].requires_grad]
-            if shared is None or not parts:
+        sides = {}
+        for task, names in (("t2i", TEXT_LOSSES), ("i2i", IMAGE_LOSSES)):
+            members = [weights[n] * found[n] for n in names if n in found and found[n].requires_grad]
+            if shared is None or not members:
                 return {}
-            grad = torch.autograd.grad(torch.stack(parts).sum(), shared, retain_graph=True, allow_unused=True)[0]
-            if grad is None or not bool(grad.norm() > 0):
-                return {}
-            sides.append(grad.float().flatten())
-        return {"task_cosine": float(nn.functional.cosine_similarity(sides[0], sides[1], dim=0))}
+            sides[task] = torch.stack(members).sum()
+        assert shared is not None
+        grads = [grad for (grad,) in self.gradients(sides, [shared]).values() if grad is not None]
+        if len(grads) < 2 or not all(bool(grad.norm() > 0) for grad in grads):
+            return {}
+        t2i, i2i = (grad.float().flatten() for grad in grads)
+        return {"task_cosine": float(nn.functional.cosine_similarity(t2i, i2i, dim=0))}
 
     def training_report(self) -> dict[str, float]:
         """What the alarms read: `task_cosine`, and `pseudo/diversity`, `pseudo/mismatch` of the last batch of pairs.
@@ -662,17 +643,39 @@ class Hpl(Method):
 
 
 @dataclass(frozen=True)
-class _Frozen:
-    """What stage I reads of frozen encoders; no texts for a batch without captions."""
+class _Given:
+    """What pseudo-words and prompts are made from, of B images and the T texts that they have.
+
+    Attributes:
+        image, text: v_t2i, (B, D), and t_eos, (T, D).
+        tokens: F^v, (B, K + N, width).
+        row: the image of each text, (T,).
+        words: F^t, (T, L, width); None without texts.
+        mask: True on real tokens, (T, L).
+    """
 
     image: Tensor
     tokens: Tensor
-    text: Tensor | None
-    text_tokens: Tensor | None
+    text: Tensor
+    row: Tensor
+    words: Tensor | None
+    mask: Tensor
+
+    @classmethod
+    def without_texts(cls, image: Tensor, tokens: Tensor) -> "_Given":
+        """Return what images alone give; the texts' tensors have no rows, but the widths and types of any others."""
+        none = torch.zeros(0, dtype=torch.long, device=image.device)
+        return cls(image, tokens, image.new_zeros(0, image.shape[1]), none, None, none.bool()[:, None])
 
 
-def _pairs(batch: Batch) -> Tensor | slice:
-    return slice(None) if batch.has_text is None else batch.has_text
+def _has_texts(batch: Batch) -> bool:
+    return "full" in batch.texts and len(batch.texts["full"]) > 0
+
+
+def _of(values: Tensor, row: Tensor) -> Tensor:
+    """The images' rows that texts have, one for each text; rows rise, so as many as there are images means all."""
+    # A slice copies nothing, and its readers' gradients add up in the order in which an index would add them.
+    return values[:] if len(row) == len(values) else values[row]
 
 
 def _second_token(backbone: Backbone, init: str) -> Tensor:
@@ -688,18 +691,6 @@ def _word_scale(backbone: Backbone) -> float:
     """Root mean square of the numbers of all word embeddings."""
     every = torch.arange(backbone.tokenizer.vocabulary_size, device=next(backbone.text.parameters()).device)
     return float(backbone.embed_tokens(every[None]).float().square().mean().sqrt())
-
-
-def _check(config: HplConfig) -> None:
-    if not config.train_tasks or len(set(config.train_tasks)) != len(config.train_tasks):
-        raise UsageError("`method.train_tasks` needs `t2i`, `i2i` or both, each once.")
-    for key, slots in (("template", {"inst"}), ("identity_template", {"id"}), ("instance_template", {"inst"})):
-        text = getattr(config, key)
-        missing = [slot for slot in sorted(slots) if f"{{{slot}}}" not in text]
-        if missing:
-            raise UsageError(f"`method.{key}` has no slot `{{{missing[0]}}}`.", hint=f"It says: {text!r}.")
-    if "{inst}" in config.identity_template or "{id}" in config.instance_template:
-        raise UsageError("`method.identity_template` takes {id} alone, `method.instance_template` takes {inst} alone.")
 
 
 METHOD = Hpl

@@ -8,6 +8,7 @@ Everything beyond the seed's sentences is our reading; docs/methods.md lists it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -22,8 +23,9 @@ from reidctl.batch import Batch, PhraseSets
 from reidctl.config import Section
 from reidctl.errors import UsageError
 from reidctl.layers.matching import Encoded
-from reidctl.layers.ppim import Ppim, PpimConfig, PpimOutput, set_mean
+from reidctl.layers.ppim import Ppim, PpimConfig, PpimOutput, one_of_each, set_mean
 from reidctl.methods.base import Method, MethodConfig, unit
+from reidctl.parts import Parts
 
 _BIASED = 3
 _STEEP = 20.0
@@ -123,7 +125,7 @@ class Interpart(Method):
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
         self.ppim = Ppim(config.ppim, backbone.dim)
-        self._said: dict[str, float] = {}
+        self._said: dict[str, Tensor] = {}
         if config.attn_constraint == "bias":
             count = len(backbone.image.blocks)
             if config.bias.blocks > max(count, _BIASED):
@@ -170,10 +172,9 @@ class Interpart(Method):
             words: the features of the texts that they stand in, which `phrase_encode: span` reads; a phrase whose
                 place is not known is encoded alone.
         """
-        alone = self._alone(sets)
-        if self.config.phrase_encode == "separate" or words is None:
-            return alone, sets.index
-        if not sets.mask.any():
+        alone, present = self._alone(sets), sets.located().present
+        assert present is not None
+        if self.config.phrase_encode == "separate" or words is None or not len(present):
             return alone, sets.index
         every = alone[sets.index.clamp_min(0)]  # (T, K, D)
         place = torch.arange(words.tokens.shape[1], device=words.tokens.device)
@@ -182,7 +183,7 @@ class Interpart(Method):
         weight = inside.to(words.tokens.dtype) / inside.sum(dim=-1, keepdim=True).clamp_min(1)
         found = torch.where(known, torch.einsum("tkl,tld->tkd", weight, words.tokens), every)
         number = sets.mask.flatten().cumsum(0).view_as(sets.index) - 1
-        return found[sets.mask], number.masked_fill(~sets.mask, -1)
+        return found.flatten(0, 1)[present], number.masked_fill(~sets.mask, -1)
 
     def _alone(self, sets: PhraseSets) -> Tensor:
         if not len(sets.tokens):
@@ -212,75 +213,67 @@ class Interpart(Method):
 
     # Losses
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
-        """Return the active ones of `sdm` or `tal`, `id`, `ppim`, `compact`, `align`, `diverse` and `ground`."""
-        config, person = self.config, batch.require("person")
+    @property
+    def _wanted(self) -> list[str]:
+        """The losses about phrases that the settings ask for."""
+        return [name for name in ("ppim", "compact", "align", "diverse", "ground") if self.active(name)]
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Note where phrases stand, and which are the same in every table, as far as a loss asks for it."""
+        if batch.phrases is None or not self._wanted:
+            return batch
+        sets = batch.phrases.located()
+        return replace(batch, phrases=sets.labelled() if self.config.ppim.contrast == "phrase_masked" else sets)
+
+    def encode(self, batch: Batch, stage: str) -> Parts:
+        """Return the global features `image` and `text` (B, D), `person` (B,), and what the active losses read.
+
+        `ppim`: `patches` (B, N, D), `phrases` (P, D), of which a caption has `index` (B, K), and `words` (P,), equal
+        for equal phrases. `spread` of each phrase's map (M,), `overlap` of each pair of phrases (Q,), `align` and
+        `ground` of each image whose caption has a phrase (U,), and `cls_spread` (B,) for the report.
+        """
         image = self.see(batch.require("image"), attention=self.active("align"))
         words = self.backbone.encode_text(batch.texts["full"])
-        v, t = image.cls[:, 0], words.pooled
-        found: dict[str, Tensor] = {}
-        if self.active("sdm"):
-            found["sdm"] = losses.sdm(v, t, person, temperature=config.temperature)
-        if self.active("tal"):
-            found["tal"] = losses.tal(v, t, person, temperature=config.tal.temperature, margin=config.tal.margin)
-        if self.active("id"):
-            found["id"] = losses.id_loss(self.classifier(v), self.classifier(t), person)
-        return found | self._parts(batch, image, words)
+        rows = {"image": image.cls[:, 0], "text": words.pooled, "person": batch.require("person")}
+        return Parts(rows | self._parts(batch, image, words), {"index": "phrases"})
 
     def _parts(self, batch: Batch, image: ImageFeatures, words: TextFeatures) -> dict[str, Tensor]:
-        wanted = [name for name in ("ppim", "compact", "align", "diverse", "ground") if self.active(name)]
-        if not wanted:
+        if not (wanted := self._wanted):
             return {}
-        sets = _phrases(batch)
+        sets = _phrases(batch).located()
         phrases, index = self.encode_phrases(sets, words)
         found: dict[str, Tensor] = {}
         if "ppim" in wanted:
-            found["ppim"] = self._contrast(phrases, index, sets, image.patches, batch.require("person"))
+            found |= {"patches": image.patches, "phrases": phrases, "index": index}
+            if self.config.ppim.contrast == "phrase_masked":
+                found["words"] = sets.labels_of(index, len(phrases))
         if wanted == ["ppim"]:
             return found
         own: PpimOutput = self.ppim(phrases[index.clamp_min(0)], sets.mask, image.patches)
-        return found | self._constraint(own.maps, sets, image) | self._ground(batch, own.maps, phrases, index)
-
-    def _contrast(self, phrases: Tensor, index: Tensor, sets: PhraseSets, patches: Tensor, person: Tensor) -> Tensor:
-        settings = self.config.ppim
-        if settings.contrast == "set":
-            scores = self.ppim.set_scores(phrases, index, patches)
-            return part_losses.set_contrast(scores, person, temperature=settings.contrast_temperature)
-        words = torch.full((len(phrases),), -1, device=index.device)
-        words[index[sets.mask]] = sets.index[sets.mask]
-        return part_losses.phrase_contrast(
-            self.ppim.phrase_scores(phrases, patches),
-            index,
-            person,
-            phrases,
-            words=words,
-            temperature=settings.contrast_temperature,
-            similar=settings.similar,
-        )
+        found |= self._constraint(own.maps, sets, image)
+        if "ground" in wanted:
+            found["ground"] = self._ground(batch, own.maps, phrases, index)[sets.speaking]
+        return found
 
     def _constraint(self, maps: Tensor, sets: PhraseSets, image: ImageFeatures) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        grid, mask = self.backbone.grid, sets.mask
-        with torch.no_grad():
-            self._said = {"ppim/spread": float(part_losses.spread(maps[mask], grid).mean()) if mask.any() else 0.0}
-        if self.active("compact"):
-            found["compact"] = part_losses.compactness(maps, mask, grid, floor=self.config.compact_floor)
+        """What the terms on the attention average, one by one."""
+        present, speaking, apart, grid = sets.present, sets.speaking, sets.apart, self.backbone.grid
+        assert present is not None and speaking is not None and apart is not None
+        shown = maps if self.active("compact") else maps.detach()
+        found = {"spread": part_losses.spread(shown.flatten(0, 1)[present], grid)}
         if self.active("align"):
             assert image.attention is not None
             looks = to_patches(image.attention[-1])
-            self._said["cls/spread"] = float(part_losses.spread(looks.detach(), grid).mean())
+            found["cls_spread"] = part_losses.spread(looks.detach(), grid)
             target = maps.detach() if self.config.align_stop else maps
-            found["align"] = part_losses.alignment(target, mask, looks)
+            found["align"] = part_losses.alignment(target[speaking], sets.mask[speaking], looks[speaking])
         if self.active("diverse"):
-            found["diverse"] = part_losses.overlap(maps, mask, sets.part)
+            found["overlap"] = part_losses.overlap(maps, apart)
         return found
 
-    def _ground(self, batch: Batch, maps: Tensor, phrases: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """Remove the patches of one phrase of each caption, and as many others: the first must hurt more."""
-        if not self.active("ground"):
-            return {}
-        rows = torch.arange(len(maps), device=maps.device)
-        chosen = torch.multinomial((index >= 0).float() + 1e-6, 1).squeeze(1)
+    def _ground(self, batch: Batch, maps: Tensor, phrases: Tensor, index: Tensor) -> Tensor:
+        """Remove the patches of one phrase of each caption, and as many others: the first must hurt more, (B,)."""
+        rows, chosen = torch.arange(len(maps), device=maps.device), one_of_each(index >= 0)
         count = max(1, round(self.config.ground_share * maps.shape[-1]))
         named = maps[rows, chosen].detach()
         asked = unit(phrases[index[rows, chosen].clamp_min(0)])
@@ -288,11 +281,56 @@ class Interpart(Method):
         for order in (named, torch.rand_like(named)):
             keep = torch.ones_like(named, dtype=torch.bool).scatter(1, order.topk(count, dim=1).indices, False)
             without.append((unit(self.see(batch.require("image"), keep).cls[:, 0]) * asked).sum(dim=1))
-        return {"ground": part_losses.grounding(*without, margin=self.config.ground_margin)}
+        return part_losses.grounding(*without, margin=self.config.ground_margin)
+
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
+        """Return the active ones of `sdm` or `tal`, `id`, `ppim`, `compact`, `align`, `diverse` and `ground`."""
+        config, person, v, t = self.config, parts["person"], parts["image"], parts["text"]
+        found: dict[str, Tensor] = {}
+        if self.active("sdm"):
+            found["sdm"] = losses.sdm(v, t, person, temperature=config.temperature)
+        if self.active("tal"):
+            found["tal"] = losses.tal(v, t, person, temperature=config.tal.temperature, margin=config.tal.margin)
+        if self.active("id"):
+            found["id"] = losses.id_loss(self.classifier(v), self.classifier(t), person)
+        if self.active("ppim"):
+            found["ppim"] = self._contrast(parts)
+        return found | self._averages(parts)
+
+    def _contrast(self, parts: Parts) -> Tensor:
+        settings, phrases, index = self.config.ppim, parts["phrases"], parts["index"]
+        if settings.contrast == "set":
+            scores = self.ppim.set_scores(phrases, index, parts["patches"])
+            return part_losses.set_contrast(scores, parts["person"], temperature=settings.contrast_temperature)
+        if self.config.phrase_encode == "separate":
+            index = part_losses.firsts(index, parts["words"])
+        return part_losses.phrase_contrast(
+            self.ppim.phrase_scores(phrases, parts["patches"]),
+            index,
+            parts["person"],
+            phrases,
+            words=parts["words"],
+            temperature=settings.contrast_temperature,
+            similar=settings.similar,
+        )
+
+    def _averages(self, parts: Parts) -> dict[str, Tensor]:
+        """The losses that are means over phrases or images, and what the report says of them."""
+        config, reported = self.config, {"ppim/spread": "spread", "cls/spread": "cls_spread"}
+        # Tensors: a number would be asked of the device in every step, and is told only in some.
+        self._said = {name: part_losses.average(parts[row]).detach() for name, row in reported.items() if row in parts}
+        found: dict[str, Tensor] = {}
+        if self.active("compact"):
+            excess = part_losses.compactness(parts["spread"], floor=config.compact_floor)
+            found["compact"] = part_losses.average(excess)
+        for name, row in (("align", "align"), ("diverse", "overlap"), ("ground", "ground")):
+            if self.active(name):
+                found[name] = part_losses.average(parts[row])
+        return found
 
     def training_report(self) -> dict[str, float]:
         """`ppim/spread` and `cls/spread`: spatial variance of phrase maps and of the class token's attention."""
-        return self._said
+        return {name: float(value) for name, value in self._said.items()}
 
     # Retrieval
 

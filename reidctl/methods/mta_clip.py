@@ -6,7 +6,7 @@ With HCP and SGA off, joint heads and everything trained it is `clip-reid`; with
 dataset. Almost every number is ours: docs/methods.md lists what the README says and what we took.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +18,12 @@ from reidctl.backbones.base import Backbone
 from reidctl.batch import Batch, Roster
 from reidctl.errors import UsageError
 from reidctl.layers.context import HcpConfig, HierarchicalContext
+from reidctl.layers.groups import GroupedBatch
 from reidctl.layers.prompts import Prompt
 from reidctl.layers.sga import SemanticGroupingAdapter, SgaConfig
 from reidctl.methods.base import Role, unit
 from reidctl.methods.clip_reid import ClipReid, ClipReidConfig, Seen
+from reidctl.parts import Parts
 
 
 class MtaClipConfig(ClipReidConfig):
@@ -183,9 +185,9 @@ class MtaClip(ClipReid):
 
     # Losses
 
-    def losses(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+    def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
         """Return `con` and `orth` (stage 1), or `id`, `triplet` and `i2t` (stage 2), each summed over datasets."""
-        found = super().losses(batch, stage)
+        found = super().losses_of(parts, stage)
         if "orth" in self.current_weights(stage):
             found["orth"] = self.context.orthogonality()
         return found
@@ -195,25 +197,18 @@ class MtaClip(ClipReid):
         learnt = self.config.hcp.enabled and self.config.hcp.layout != "words"
         return super().active(loss) and (loss != "orth" or learnt)
 
-    def _split(self, batch: Batch) -> Iterator[tuple[int, Tensor | slice]]:
-        if len(self.local) == 1:
-            yield from super()._split(batch)
-            return
-        domain = batch.require("domain")
-        for number in torch.unique(domain).tolist():
-            yield number, (domain == number).nonzero().flatten()
-
-    def _contrast(self, batch: Batch) -> Tensor:
+    def _first_rows(self, batch: GroupedBatch) -> dict[str, Tensor]:
+        """As `clip-reid`; where prompts have no people, `image` and `domain` (B,) alone."""
         if not self._by_domain:
-            return super()._contrast(batch)
-        domain, config = batch.require("domain"), self.config.con
-        return prompt_losses.class_contrast(
-            self._kept(batch),
-            self.domain_features(),
-            domain,
-            temperature=config.temperature,
-            normalize=config.normalize,
-        )
+            return super()._first_rows(batch)
+        return {"image": self._kept(batch), "domain": batch.require("domain")}
+
+    def _contrast(self, parts: Parts) -> Tensor:
+        if not self._by_domain:
+            return super()._contrast(parts)
+        # Sentences of datasets are nobody's samples: each process computes these few.
+        prompts, asked = self.domain_features(), dict(self.config.con)
+        return prompt_losses.class_contrast(parts["image"], prompts, parts["domain"], **asked)
 
     # What trains
 

@@ -246,6 +246,12 @@ def start_path(towers: BackboneSettings) -> str | None:
     return str(towers.start.resolve()) if towers.start else None
 
 
+def start_facts(towers: BackboneSettings) -> dict[str, Any]:
+    """What a record inherits from the starting run: that nobody knows whom that one saw."""
+    record = {} if towers.start is None else Run(towers.start).require("finetune")
+    return {name: record[name] for name in ("seen_note",) if name in record}
+
+
 def start_folder(start: Path) -> Path:
     """Return where a starting run keeps its model.
 

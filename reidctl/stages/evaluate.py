@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from reidctl import parallel
 from reidctl.console import progress
 from reidctl.device import resolve_device
 from reidctl.errors import DataError, UsageError
@@ -145,18 +146,28 @@ def run(
         **({"joint": True} if joint else {}),  # evaluations without it have the fingerprint they always had
     }
     inputs = source.digests()
-    current = None if force else run.up_to_date(STAGE, settings, inputs)
-    if current is None and reuse and not force:
-        current = run.up_to_date(STAGE, _held(run, settings), inputs)
-    if current is not None:
-        return {**current, "status": "up-to-date"}
-    started = datetime.now(UTC)
-    subject = find_subject(run, split=split, query=query, device=device, data=data, captions=captions)
-    _check_pairwise(subject, asked)
-    if joint:
-        check_joint(subject)
-    run.unfinish(STAGE)
-    found = _measure(subject, asked)
+    def known() -> dict[str, Any] | None:
+        current = None if force else run.up_to_date(STAGE, settings, inputs)
+        if current is None and reuse and not force:
+            current = run.up_to_date(STAGE, _held(run, settings), inputs)
+        return current
+
+    # Several processes embed together; then the first one goes on alone.
+    with parallel.joined(resolve_device(device).type) as here:
+        current = parallel.first_does(known)
+        if current is not None:
+            return {**current, "status": "up-to-date"}
+        started = datetime.now(UTC)
+        own = str(parallel.own_device(resolve_device(device)))
+        subject = find_subject(run, split=split, query=query, device=own, data=data, captions=captions)
+        _check_pairwise(subject, asked)
+        if joint:
+            check_joint(subject)
+        parallel.first_does(lambda: run.unfinish(STAGE))
+        stored = embed(subject)
+    if here.rank:
+        return {"stage": STAGE, "status": "shared", "metrics": {}, "outputs": {}, "seconds": 0.0}
+    found = _measure(subject, stored, asked)
     outputs = results.write_results(run, found.parts, found.slices, split=split, notes=found.notes)
     record = run.finish(
         STAGE,
@@ -212,8 +223,7 @@ def _check_pairwise(subject: Subject, asked: Asked) -> None:
             pairwise.check(subject.method, depth, int(count), f"{dataset}, {subject.split}")
 
 
-def _measure(subject: Subject, asked: Asked) -> Found:
-    stored = embed(subject)
+def _measure(subject: Subject, stored: Stored, asked: Asked) -> Found:
     found = Found(notes=list(subject.notes))
     for dataset in datasets_of(subject):
         allowed, notes = protocols_of(subject, stored, dataset)

@@ -29,6 +29,7 @@ from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
 from reidctl.training.config import TrainConfig
 from reidctl.training.loop import Outcome, Trainer, Validate
+from reidctl.training.optimizer import require_groups
 from reidctl.training.state import kept_epochs, require_state
 from reidctl.training.tracking import require_trackers
 
@@ -137,6 +138,7 @@ def load(asked: Prepared) -> Loaded:
     chosen = corpus.of_split(training.select)
     model = building.build_model(train, checked, training, seed)
     building.require_losses(model, STAGE)
+    require_groups(model, STAGE, training)
     # The first process finds phrases and keeps them; the others read what it kept.
     with parallel.first_then_others():
         phrases = building.find_phrases(asked.run, asked.source, checked.phrases) if model.reads_phrases else None
@@ -229,6 +231,7 @@ def _finish(asked: Prepared, loaded: Loaded, outcome: Outcome, started: datetime
             "method": checked.name,
             "train_people": model.persons,
             "start": building.start_path(checked.towers),
+            **building.start_facts(checked.towers),
             "prompts": _told(asked.prompts),
             "notes": asked.notes,
             "best_epoch": outcome.best_epoch + 1,

@@ -304,9 +304,11 @@ def check_unseen(run: Run, source: Source, corpus: Corpus, split: str) -> list[s
             hint="Was the dataset imported again with other splits? Choose another split, or train again on a "
             "combination (`reidctl data combine`), which takes the people of test splits out of training.",
         )
+    # Of a published checkpoint, and of what was trained from one, nobody knows whom it saw.
+    notes = [str(trained["seen_note"])] if "seen_note" in trained else []
     if split == trained["selected_on"]:
-        return [f"The epoch of this model was chosen on the {split} split: these numbers flatter it."]
-    return []
+        notes.append(f"The epoch of this model was chosen on the {split} split: these numbers flatter it.")
+    return notes
 
 
 def _other_data(run: Run, source: Source) -> list[str]:
@@ -315,6 +317,8 @@ def _other_data(run: Run, source: Source) -> list[str]:
     other = other_tables(source.digests(), trained["inputs"])
     if not other:
         return []
+    if trained.get("source") == "convert":
+        return []  # it may be the one: `check_unseen` says that nobody knows
     record = Run(folder.parent).record(folder.name) or {}
     notes = [f"Measured on {folder}, another dataset than the one of the training."]
     if str(folder) == trained["data"]:

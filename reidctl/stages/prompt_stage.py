@@ -26,6 +26,7 @@ from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
 from reidctl.training.config import PromptConfig
 from reidctl.training.loop import Outcome, Trainer
+from reidctl.training.optimizer import require_groups
 from reidctl.training.state import require_state
 from reidctl.training.tracking import require_trackers
 
@@ -111,6 +112,7 @@ def _learn(
     train = training_part(corpus.of_split("train"), checked.handling.part)
     model = building.build_model(train, checked, training, seed)
     building.require_losses(model, STAGE)
+    require_groups(model, STAGE, training)
     samples = building.training_set(train, model, training, seed)
     building.require_batches(samples, training, seed)
     folder = run.stage_dir(STAGE)

@@ -21,15 +21,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from reidctl import parallel, tables
+from reidctl.batch import Batch
 from reidctl.console import log, progress
 from reidctl.data import TrainingSet
 from reidctl.device import resolve_device
-from reidctl.errors import DataError
+from reidctl.errors import DataError, UsageError
+from reidctl.layers.gradients import local_gradients
 from reidctl.methods.base import Look, Method
 from reidctl.training.compiling import compile_blocks
 from reidctl.training.config import TrainConfig
 from reidctl.training.ema import Average
 from reidctl.training.feed import EpochPlan, Feed
+from reidctl.training.memory import advice, is_out_of_memory, measure_needs
 from reidctl.training.optimizer import build_optimizer, learning_rate_factor
 from reidctl.training.sharding import Sharded, copy_to_share, fill, full, require_shardable, share_state
 from reidctl.training.state import Progress, epoch_files, kept_epochs, read_state, save_whole, tensors
@@ -187,7 +190,12 @@ class Trainer:
             last = number == total - 1
             reporting = within.step % self.config.log_every == 0 or last
             check = partial(self.watch.look, batch=batch, epoch=plan.epoch, step=within.step)
-            done = self.step(batch, reporting=reporting, check=check)
+            try:
+                done = self.step(batch, reporting=reporting, check=check)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self._out_of_memory(error, batch) from None
             if self.average is not None:
                 self.average.update()
             if reporting:
@@ -200,6 +208,22 @@ class Trainer:
                 self._save(plan.epoch)
             mark = time.monotonic()
         self._leave(plan.epoch)
+
+    def _out_of_memory(self, error: BaseException, batch: Batch) -> UsageError:
+        """What to change; measured on small parts of the batch that did not fit."""
+        self.optimizer.zero_grad(set_to_none=True)
+        images = len(batch) * self.place.world
+        message = f"{self.device} ran out of memory in a batch of {images} images."
+        if self.place.world > 1:
+            # The others do not measure: whatever asks them for something would wait for ever.
+            hint = "Try backbone.grad_checkpointing=true, train.precision=bf16, train.accumulate=2 or a smaller batch."
+            return UsageError(message, hint=f"{hint} `--dry-run --devices {self.place.world}` says what would fit.")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        checkpointing = self.method.backbone.image.checkpointing
+        self.method.gradients = local_gradients
+        needs = measure_needs(self.method, batch, self.stage, self.config, checkpointing=checkpointing)
+        return UsageError(message, hint=advice(error, needs, self.device))
 
     def _enter(self, plan: EpochPlan) -> int:
         """Prepare for an epoch; return the number of its batches that are done."""

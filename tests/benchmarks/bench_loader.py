@@ -4,25 +4,30 @@
     python tests/benchmarks/bench_loader.py --sizes 384x128 --files jpg128x64 --steps tiny
     python tests/benchmarks/bench_loader.py --profile             # where the time of one image goes
     python tests/benchmarks/bench_loader.py --cpu-time            # on a machine that does other things too
+    python tests/benchmarks/bench_loader.py --decoders            # other decoders and resizers, and whether they agree
+    python tests/benchmarks/bench_loader.py --ahead               # how many batches must wait for a step
 
 Prints one Markdown table. `torchvision` is IRRA's pipeline written with torchvision in a DataLoader: PIL open, Resize,
 RandomHorizontalFlip, Pad, RandomCrop, ToTensor, Normalize, RandomErasing; it loads no texts, ours does. `workers` are
-its processes and our threads; 0 loads when asked. `first` is our epoch over files that were not decoded before, `later`
-the next one with the same TrainingSet, which keeps decoded images (all of these fit into its cache). A rate is the best
-of `--repeats` epochs, all pipelines in turn. The step is forward and backward of the image tower alone with random
-weights, so a whole method takes longer. `waits` is the time that loading takes longer than the step, as a share of
-loading, if they ran side by side: 0 means that nothing waits. With `--cpu-time` a rate is images per second of
+its processes and our threads; 0 loads when asked. `first` is our epoch over files that were not decoded before,
+`later` the next one with the same TrainingSet, which keeps decoded images (all of these fit into its cache). Both are
+measured with numbers (what a CPU trains on) and with bytes (what a GPU gets, which finishes them itself). A rate is the
+median of `--repeats` epochs, all pipelines in turn, so that a busy moment of the machine hits all of them; `spread` is
+the largest distance of a rate from its median. The step is forward and backward of the image tower alone with random
+weights, so a whole method takes longer. `waits` is the time that loading bytes takes longer than the step, as a share
+of loading, if they ran side by side: 0 means that nothing waits. With `--cpu-time` a rate is images per second of
 processor time, that of the workers included: the cost, not the speed.
 """
 
 import argparse
 import cProfile
 import io
+import math
 import pstats
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
+from torchvision.io import decode_jpeg, decode_png
 
 from reidctl import tables
 from reidctl.augment import AugmentConfig
@@ -181,18 +187,34 @@ def start_seconds(samples: Torchvision, workers: int) -> float:
 
 def loader_rates(
     paths: Sequence[Path], size: tuple[int, int], workers: int, repeats: int, clock: Clock
-) -> dict[str, float]:
-    """The best rate of each pipeline; they take turns so that a busy moment of the machine hits all of them."""
-    best = {"torchvision": 0.0, "first": 0.0, "later": 0.0}
+) -> dict[str, list[float]]:
+    """The rates of each pipeline, one per turn."""
+    found: dict[str, list[float]] = {}
     for turn in range(repeats):
-        samples = ours(paths, size)
-        found = {
-            "torchvision": epoch_rate(Torchvision(paths, size), workers, turn, clock),
-            "first": epoch_rate(samples, workers, 2 * turn, clock),
-            "later": epoch_rate(samples, workers, 2 * turn + 1, clock),
-        }
-        best = {name: max(best[name], found[name]) for name in best}
-    return best
+        found.setdefault("torchvision", []).append(epoch_rate(Torchvision(paths, size), workers, turn, clock))
+        for kind in ("numbers", "bytes"):
+            samples = ours(paths, size)
+            samples.raw = kind == "bytes"
+            for place, name in enumerate(("first", "later")):
+                rate = epoch_rate(samples, workers, 2 * turn + place, clock)
+                found.setdefault(f"{name}, {kind}", []).append(rate)
+    return found
+
+
+def spread(rates: Iterable[Sequence[float]]) -> str:
+    """The largest distance of a rate from the median of its row."""
+    return f"{max(abs(rate / np.median(row) - 1) for row in rates for rate in row):.0%}"
+
+
+def rate_cells(found: Mapping[str, Sequence[float]]) -> list[str]:
+    """Each pipeline's rate with its ratio to the first one's."""
+    middle = {name: float(np.median(row)) for name, row in found.items()}
+    base = middle["torchvision"]
+    cells = [f"{base:.0f}"]
+    for name, rate in middle.items():
+        if name != "torchvision":
+            cells += [f"{rate:.0f}", f"{rate / base:.2f}"]
+    return [*cells, spread(found.values())]
 
 
 def step_rate(tower: str, size: tuple[int, int], device: str, clock: Clock) -> float:
@@ -233,51 +255,134 @@ def profile(paths: Sequence[Path], size: tuple[int, int]) -> None:
         print("\n".join(kept[2:]), "\n")
 
 
-def main() -> None:
+def microseconds(call: Callable[[int], object], count: int) -> float:
+    """Microseconds per call, the best of five rounds: what the work costs when nothing disturbs it."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for number in range(count):
+            call(number)
+        best = min(best, time.perf_counter() - started)
+    return 1e6 * best / count
+
+
+def difference(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
+    gaps = [np.abs(a.astype(int) - b.astype(int)) for a, b in zip(ours, theirs, strict=True)]
+    return f"{max(int(gap.max()) for gap in gaps)} in {np.mean([(gap > 0).mean() for gap in gaps]):.3%} of the numbers"
+
+
+def decoders(kind: str, paths: Sequence[Path], size: tuple[int, int]) -> None:
+    """Print what decoding and resizing cost with Pillow and with torch, and how far their bytes are apart."""
+    count = len(paths)
+    payload = [path.read_bytes() for path in paths]
+    buffers = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in payload]
+    decode = decode_jpeg if kind.startswith("jpg") else decode_png
+    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in payload]
+    arrays = [np.array(picture) for picture in pictures]
+    other = [decode(buffer).permute(1, 2, 0).numpy() for buffer in buffers]
+    rows = [
+        ("decode", "Pillow", microseconds(lambda n: Image.open(io.BytesIO(payload[n])).load(), count), ""),
+        ("decode", "torchvision", microseconds(lambda n: decode(buffers[n]), count), difference(arrays, other)),
+    ]
+    tensors = [torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays]
+    for mode in ("bilinear", "bicubic"):
+        way = Image.Resampling[mode.upper()]
+
+        def small(number: int, way: Image.Resampling = way) -> Image.Image:
+            return pictures[number].resize((size[1], size[0]), way)
+
+        def smaller(number: int, mode: str = mode) -> torch.Tensor:
+            return torch.nn.functional.interpolate(tensors[number], size, mode=mode, antialias=True)
+
+        gap = difference(
+            [np.asarray(small(n)) for n in range(count)], [smaller(n)[0].permute(1, 2, 0).numpy() for n in range(count)]
+        )
+        rows.append((f"resize {mode}", "Pillow", microseconds(small, count), ""))
+        rows.append((f"resize {mode}", "torch", microseconds(smaller, count), gap))
+    for step, who, cost, gap in rows:
+        print(f"| {kind} | {step} | {who} | {cost:.0f} | {gap} |", flush=True)
+
+
+def ahead_table(threads: int = 8, steps: int = 150, seconds: float = 0.01) -> None:
+    """Print the time of `load_ahead` over the ideal one when loading times differ by 30 %; all sleep, none computes."""
+    spread_of_log = math.sqrt(math.log(1 + 0.3**2))
+    print(
+        "| loader / step | " + " | ".join(f"{ahead} ahead" for ahead in (threads + 1, 2 * threads, 3 * threads)) + " |"
+    )
+    print("| --- |" + " ---: |" * 3)
+    for ratio in (0.8, 1.0, 1.25, 1.5):
+        draws = np.random.default_rng(0).lognormal(-(spread_of_log**2) / 2, spread_of_log, steps)
+        times = [float(draw) for draw in draws * seconds * threads / ratio]
+        cells = []
+        for ahead in (threads + 1, 2 * threads, 3 * threads):
+            started = time.perf_counter()
+            for _ in load_ahead(time.sleep, times, threads=threads, ahead=ahead):
+                time.sleep(seconds)
+            ideal = max(sum(times) / threads, steps * seconds)
+            cells.append(f"{(time.perf_counter() - started) / ideal:.2f}")
+        print(f"| {ratio} | " + " | ".join(cells) + " |", flush=True)
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["384x128", "256x128", "224x224"], help="network input, HxW")
     parser.add_argument("--files", nargs="+", default=["jpg128x64", "jpg400x150", "png400x150"], help="suffix and HxW")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", nargs="*", default=list(TOWERS), choices=list(TOWERS), help="towers to compare with")
     parser.add_argument("--device", default="cpu", help="where the step runs")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--decoders", action="store_true")
+    parser.add_argument("--ahead", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
-    given = parser.parse_args()
-    clock = cpu_seconds if given.cpu_time else time.perf_counter
+    return parser.parse_args()
+
+
+def compare(given: argparse.Namespace, files: Mapping[str, Sequence[Path]], clock: Clock) -> None:
+    """Print the table of loaders."""
+    for kind, paths in files.items():
+        print(f"{kind}: {np.mean([path.stat().st_size for path in paths]) / 1000:.1f} kB per file")
+    for workers in given.workers:
+        seconds = start_seconds(Torchvision(next(iter(files.values())), (64, 32)), workers)
+        print(f"torchvision with {workers} workers: {seconds:.2f} s until the first batch of one small image")
+    unit = "images per second of processor time" if given.cpu_time else "images per second"
+    print(f"epochs of {given.images} images in batches of {BATCH}, worker start included; {unit}")
+    pipelines = [f"{name}, {kind}" for kind in ("numbers", "bytes") for name in ("first", "later")]
+    columns = ["size", "files", "workers", "torchvision", *(c for name in pipelines for c in (name, "ratio")), "spread"]
+    columns += [part for tower in given.steps for part in (f"{tower} step", "first waits", "later waits")]
+    print("\n| " + " | ".join(columns) + " |")
+    print("|" + " ---: |" * len(columns))
+    for shape in given.sizes:
+        size = pair(shape)
+        steps = {tower: step_rate(tower, size, given.device, clock) for tower in given.steps}
+        for kind, paths in files.items():
+            for workers in given.workers:
+                found = loader_rates(paths, size, workers, given.repeats, clock)
+                first, later = (float(np.median(found[f"{name}, bytes"])) for name in ("first", "later"))
+                cells = [shape, kind, str(workers), *rate_cells(found)]
+                for step in steps.values():
+                    cells += [f"{step:.3g}", waiting(first, step), waiting(later, step)]
+                print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    given = parsed()
     torch.set_num_threads(1)
+    if given.ahead:
+        ahead_table()
+        return
     with tempfile.TemporaryDirectory() as folder:
         files = {kind: write_files(Path(folder), kind, given.images) for kind in given.files}
-        if given.profile:
-            for kind in given.files:
-                profile(files[kind], pair(given.sizes[0]))
-            return
+        if given.decoders:
+            print("| files | step | by | µs per image | differs from Pillow by at most |\n|" + " --- |" * 5)
         for kind, paths in files.items():
-            print(f"{kind}: {np.mean([path.stat().st_size for path in paths]) / 1000:.1f} kB per file")
-        for workers in given.workers:
-            seconds = start_seconds(Torchvision(next(iter(files.values())), (64, 32)), workers)
-            print(f"torchvision with {workers} workers: {seconds:.2f} s until the first batch of one small image")
-        heads = [f"{tower} step | first waits | later waits" for tower in given.steps]
-        print(
-            f"epochs of {given.images} images in batches of {BATCH}, worker start included; images per second", end=""
-        )
-        print(" of processor time" if given.cpu_time else "")
-        columns = ["size", "files", "workers", "torchvision", "first", "ratio", "later", "ratio", *heads]
-        print("\n| " + " | ".join(columns) + " |")
-        print("|" + " ---: |" * " | ".join(columns).count("|") + " ---: |")
-        for shape in given.sizes:
-            size = pair(shape)
-            steps = {tower: step_rate(tower, size, given.device, clock) for tower in given.steps}
-            for kind, paths in files.items():
-                for workers in given.workers:
-                    found = loader_rates(paths, size, workers, given.repeats, clock)
-                    base, first, later = found["torchvision"], found["first"], found["later"]
-                    cells = [shape, kind, str(workers), f"{base:.0f}", f"{first:.0f}", f"{first / base:.2f}"]
-                    cells += [f"{later:.0f}", f"{later / base:.2f}"]
-                    for step in steps.values():
-                        cells += [f"{step:.3g}", waiting(first, step), waiting(later, step)]
-                    print("| " + " | ".join(cells) + " |", flush=True)
+            if given.profile:
+                profile(paths, pair(given.sizes[0]))
+            elif given.decoders:
+                decoders(kind, paths[:64], pair(given.sizes[0]))
+        if not (given.profile or given.decoders):
+            compare(given, files, cpu_seconds if given.cpu_time else time.perf_counter)
 
 
 if __name__ == "__main__":

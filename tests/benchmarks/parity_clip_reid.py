@@ -7,7 +7,8 @@ Their code is imported, not copied. What keeps it from running here is patched f
 `turtle`, `yacs` and timm's old layer module are stand-ins, and OpenAI's weights are random numbers in a CLIP of the
 published widths (768 / 512, 12 image blocks). Their settings are read from configs/person/vit_clipreid.yml, ours from
 the recipe `clip-reid`. Compared are text features, both losses with every term and gradient, the retrieval features,
-with cameras and with overlapping patches, the learning rate of every epoch, and rate and decay of every parameter.
+with cameras and with overlapping patches, the learning rate of every epoch, and rate and decay of every parameter;
+and, in float32, retrieval and text features of their checkpoint read back by `reidctl.convert`.
 
 Prints a table of differences: largest absolute one, and relative to the largest number of the row. Exits with 1 if a
 relative one is above 1e-5. `--double` shows what is left of them without rounding, relative to the largest number of
@@ -21,6 +22,7 @@ import contextlib
 import importlib
 import io
 import sys
+import tempfile
 import types
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,6 +38,9 @@ from reidctl.backbones.base import BackboneConfig
 from reidctl.backbones.clip import ClipBackbone
 from reidctl.batch import Batch, Roster
 from reidctl.config import load_recipe, parse_section
+from reidctl.convert.assembling import convert
+from reidctl.convert.heads import Told
+from reidctl.convert.towers import Asked
 from reidctl.methods.base import Method, build_method
 from reidctl.training.config import PromptConfig, TrainConfig
 from reidctl.training.optimizer import build_optimizer, learning_rate_factor
@@ -319,6 +324,30 @@ def compare_model(code: Theirs, table: Table, size: tuple[int, int], stride: int
                 functional.normalize(raw, dim=1, p=2),
                 ours.embed_tasks(batch)["i2i"],
             )
+    if code.dtype == torch.float32:  # what is read back is float32 in any case
+        compare_converted(table, theirs, clip, cfg, batch, label)
+
+
+def compare_converted(table: Table, theirs: nn.Module, clip: nn.Module, cfg: Any, batch: Batch, label: str) -> None:
+    """Their model as their training saves it, under DataParallel, read back by `reidctl.convert`."""
+    with tempfile.TemporaryDirectory() as name:
+        path, words = Path(name) / "ViT-B-16_60.pth", Path(name) / "words.pt"
+        torch.save({f"module.{n}": value for n, value in theirs.state_dict().items()}, path)
+        own = clip.state_dict()
+        torch.save({n: own[n] for n in ("visual.class_embedding", "token_embedding.weight")}, words)
+        cameras = tuple(f"c{number}" for number in range(CAMERAS)) if cfg.MODEL.SIE_CAMERA else ()
+        asked = Asked(image_size=tuple(cfg.INPUT.SIZE_TRAIN), stride=cfg.MODEL.STRIDE_SIZE[0])
+        found = convert(path, asked=asked, told=Told(cameras=cameras), words=words)
+    if (found.form.name, found.initial) != ("clip-reid", []):
+        raise RuntimeError(f"read as {found.form.name}, missing {found.initial[:3]}")
+    everybody = torch.arange(PEOPLE)
+    theirs.neck_feat = "before"
+    with torch.no_grad():
+        raw = theirs(batch.image, cam_label=batch.camera, view_label=None)
+        made = found.method.embed_tasks(batch)["i2i"]
+        table.one(f"{label}converted: retrieval feature", functional.normalize(raw, dim=1, p=2), made)
+        text = theirs(label=everybody, get_text=True)
+        table.one(f"{label}converted: text features", text, found.method.prompt_features(everybody))
 
 
 def quiet(call: Any, *given: Any) -> Any:

@@ -205,7 +205,7 @@ def test_every_method_has_costs_for_its_parts_and_stays_as_it_was(name):
     required = [parameter.requires_grad for parameter in method.parameters()]
     random = torch.get_rng_state()
     found = measure_costs(method, batch=4, text_length=9, repeats=1)
-    more = {"bdam": {"fusion"}, "interpart": {"ppim"}, "mta-clip": {"sga", "image_without_sga"}}
+    more = {"bdam": {"fusion"}, "interpart": {"ppim"}, "mta-clip": {"sga", "image_without_sga"}, "rde": {"tse"}}
     assert set(found) == {"image", "text", "step"} | more.get(name, set())
     reads_texts = bool(method.train_texts)
     for part, cost in found.items():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reidctl.layers.ppim import Ppim, PpimConfig, set_mean
+from reidctl.layers.ppim import Ppim, PpimConfig, one_of_each, set_mean
 
 KINDS = ("xattn", "max", "slots", "sigmoid")
 ALONE = ("xattn", "max", "sigmoid")
@@ -228,6 +228,17 @@ def test_scores_of_all_captions_with_all_images_equal_a_loop_over_single_pairs(k
 def test_the_mean_of_a_set_is_that_of_its_phrases():
     scores, mask = torch.tensor([[1.0, 3.0, 9.0], [5.0, 5.0, 5.0]]), torch.tensor([[True, True, False], [False] * 3])
     assert set_mean(scores, mask).tolist() == [2.0, 0.0]
+
+
+def test_one_phrase_of_each_row_is_drawn_as_multinomial_draws_it_and_none_that_is_not_there():
+    torch.manual_seed(0)
+    found = torch.stack([one_of_each(MASK) for _ in range(300)])
+    torch.manual_seed(0)
+    weight = MASK.float() + 1e-6
+    assert torch.equal(found, torch.stack([torch.multinomial(weight, 1).squeeze(1) for _ in range(300)]))
+    for place, share in enumerate((1 / 3, 1 / 3, 0, 1 / 3)):
+        assert (found[:, 0] == place).float().mean().item() == pytest.approx(share, abs=0.08)
+    assert (found[:, 1] == 0).all() and len(found[:, 2].unique()) == K
 
 
 # Size

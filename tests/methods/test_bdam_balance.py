@@ -9,6 +9,7 @@ from methods.test_bdam import bdam as plain
 from methods.test_method_contract import training_batch
 
 from reidctl.errors import UsageError
+from reidctl.layers.gradients import local_gradients
 from reidctl.runs import Run
 from reidctl.stages import finetune
 from reidctl.training.config import TrainConfig
@@ -219,3 +220,36 @@ def test_the_history_gets_what_gradnorm_saw_once_it_balances(batch):
     norms = method.gradient_norms(found)
     assert all(reports[2][f"pull/{task}"] == pytest.approx(norms[task], rel=1e-4) for task in tasks)
     assert bdam(gradnorm=None).training_report() == {}
+
+
+@pytest.mark.covers(146)
+def test_whoever_trains_in_several_passes_can_bring_the_gradients_of_the_whole_batch(batch):
+    """Doubled ones show in the choice of the layer, in the history and in what is balanced."""
+    asked = []
+
+    def doubled(losses, weights):
+        asked.append((set(losses), len(weights)))
+        found = local_gradients(losses, weights)
+        return {name: [None if grad is None else 2 * grad for grad in grads] for name, grads in found.items()}
+
+    plain_pull, plain_norm = pulls(bdam(gradnorm={"warm_steps": 1}), batch)
+    method = bdam(gradnorm={"warm_steps": 1})
+    method.gradients = doubled
+    pull, norm = pulls(method, batch)
+    tasks = set(method.balancer.tasks)
+    # Found in the first step: the layer, then the norms of all losses; in the second the norms, then the balance.
+    assert asked == [(tasks, 1), (tasks | {"grl"}, 1), (tasks | {"grl"}, 1), (tasks, 1)]
+    assert all(norm[task] == pytest.approx(2 * plain_norm[task]) for task in norm)
+    assert all(pull[task] == pytest.approx(2 * plain_pull[task]) for task in tasks)
+
+
+def pulls(method, batch):
+    """What GradNorm and the history saw in the second step, the first after the warm-up."""
+    method.train()
+    for step in range(2):
+        torch.manual_seed(step)
+        found = method.losses(batch, "finetune")
+        norms = method.gradient_norms(found)
+        method.objective(found)
+    report = method.training_report()
+    return {name.removeprefix("pull/"): value for name, value in report.items() if name.startswith("pull/")}, norms

@@ -243,13 +243,12 @@ def test_the_attention_that_is_aligned_is_the_class_token_s_last_to_the_patches(
         rows = torch.stack([row[1:] / row[1:].sum() for row in seen.attention[-1].mean(dim=1)[:, 0]])
         torch.testing.assert_close(to_patches(seen.attention[-1]), rows)
         maps = method.phrase_maps(batch)
-        expected = part_losses.alignment(maps, batch.phrases.mask, rows)
+        expected = part_losses.alignment(maps, batch.phrases.mask, rows).mean()
         found = method.losses(batch, "finetune")
     assert torch.allclose(found["align"], expected, atol=1e-5)
-    assert torch.allclose(found["compact"], part_losses.compactness(maps, batch.phrases.mask, (4, 2)), atol=1e-5)
-    assert torch.allclose(
-        found["diverse"], part_losses.overlap(maps, batch.phrases.mask, batch.phrases.part), atol=1e-5
-    )
+    assert torch.allclose(found["compact"], part_losses.compactness(spread(maps, (4, 2))).mean(), atol=1e-5)
+    one, other = functional.normalize(maps, dim=-1).unbind(dim=1)  # each caption has two phrases about two parts
+    assert torch.allclose(found["diverse"], (one * other).sum(dim=1).mean(), atol=1e-5)
     report = method.training_report()
     assert report["cls/spread"] == pytest.approx(float(spread(rows, (4, 2)).mean()), rel=1e-4)
     assert report["ppim/spread"] == pytest.approx(float(spread(maps, (4, 2)).mean()), rel=1e-4)
@@ -364,7 +363,7 @@ def test_the_method_stands_on_any_backbone(changes, folder):
 
 def overlap_of(method, batch) -> float:
     with torch.no_grad():
-        return float(part_losses.overlap(method.phrase_maps(batch), batch.phrases.mask, batch.phrases.part))
+        return float(part_losses.overlap(method.phrase_maps(batch), batch.phrases.located().apart).mean())
 
 
 @pytest.mark.covers(179)

@@ -21,6 +21,7 @@ SETTINGS = {
     "hpl": ("clip:micro", {"inversion": {"layers": 1, "heads": 2}, "n_id_tokens": 2, "n_inst_tokens": 2}),
     "clip-reid": ("clip:micro", {"n_id_tokens": 2}),
     "interpart": ("clip:micro", {}),
+    "rde": ("clip:micro", {"width": 32}),
     "mta-clip": ("clip:micro", {"n_id_tokens": 2, "sga": {"groups": 4, "gamma_init": 0.1}, "unfreeze_blocks": "all"}),
 }
 CPU = resolve_device("cpu")

@@ -29,8 +29,8 @@ from reidctl.batch import Batch, Roster
 from reidctl.data import roster_of
 from reidctl.errors import UsageError
 from reidctl.methods.mta_clip import MtaClipConfig
+from reidctl.training.batches import epoch_batches
 from reidctl.training.config import PromptConfig, TrainConfig
-from reidctl.training.loop import Trainer
 from reidctl.training.optimizer import build_optimizer
 
 
@@ -611,13 +611,17 @@ def test_a_training_step_in_half_precision_is_near_that_in_full(mixed):
 # Batches of one dataset
 
 
+def epoch_of(samples, epoch=0, **settings):
+    """The batches of an epoch, loaded."""
+    dealt = epoch_batches(samples, TrainConfig(instances=2, **settings), 0, epoch)
+    return [samples.collate([samples[(epoch, int(row), 0)] for row in rows]) for rows in dealt]
+
+
 @pytest.mark.parametrize("sampler", ["alternating", "alternating-random"])
-def test_every_batch_of_the_training_set_is_of_one_dataset_and_both_have_turns(samples, tmp_path, sampler):
-    settings = TrainConfig(sampler=sampler, batch=6, instances=2, device="cpu", workers=0)
-    trainer = Trainer(make(), samples, None, settings, tmp_path, seed=0, stage="finetune", fingerprint="x")
+def test_every_batch_of_the_training_set_is_of_one_dataset_and_both_have_turns(samples, sampler):
     for epoch in range(3):
         counts = [0, 0]
-        for batch in trainer._load(epoch, trainer._batches(epoch)):
+        for batch in epoch_of(samples, epoch, sampler=sampler, batch=6):
             (domain,) = set(batch.domain.tolist())
             counts[domain] += 1
             assert set(batch.person.tolist()) <= set(LOCAL[domain])
@@ -627,10 +631,8 @@ def test_every_batch_of_the_training_set_is_of_one_dataset_and_both_have_turns(s
         assert min(counts) >= 2 and abs(counts[0] / sum(counts) - 0.469) < 0.5 / sum(counts) + 1e-6
 
 
-def test_identity_batches_of_two_datasets_are_mixed(samples, tmp_path):
-    settings = TrainConfig(sampler="identity", batch=8, instances=2, device="cpu", workers=0)
-    trainer = Trainer(make(), samples, None, settings, tmp_path, seed=0, stage="finetune", fingerprint="x")
-    assert any(len(set(batch.domain.tolist())) == 2 for batch in trainer._load(0, trainer._batches(0)))
+def test_identity_batches_of_two_datasets_are_mixed(samples):
+    assert any(len(set(batch.domain.tolist())) == 2 for batch in epoch_of(samples, sampler="identity", batch=8))
 
 
 @pytest.mark.covers(218)

@@ -1,7 +1,5 @@
 """Costs that were measured on parts of a batch, against what the whole batch really takes."""
 
-import statistics
-
 import pytest
 import torch
 from conftest import write_dataset
@@ -9,7 +7,6 @@ from methods.test_method_contract import SETTINGS, model, training_batch
 
 from reidctl.batch import Batch, Tokens
 from reidctl.evaluation.efficiency import count_flops
-from reidctl.methods.base import build_method
 from reidctl.training import cost
 from reidctl.training.config import TrainConfig
 from reidctl.training.memory import least_samples, tensors_of
@@ -31,13 +28,9 @@ def trained(name, config=CONFIG, **changes):
     return method, build_optimizer(method, "finetune", config)
 
 
-def grown(method, batch, config, sizes=(16, 20, 24), draws=2):
-    points = [
-        (size, cost.measure_kept(method, cost.part_of(batch, size, INSTANCES), "finetune", config))
-        for size in sizes
-        for _ in range(draws)
-    ]
-    return cost.growth(points)
+def grown(method, batch, config, sizes=(16, 24, 32)):
+    parts = {size: cost.part_of(batch, size, INSTANCES) for size in sizes}
+    return cost.growth([(size, cost.measure_kept(method, part, "finetune", config)) for size, part in parts.items()])
 
 
 def saved_bytes(method, batch, config):
@@ -61,15 +54,15 @@ def saved_bytes(method, batch, config):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["irra", "bdam", "hpl", "clip-reid", "interpart"])
-def test_activations_of_half_a_batch_foretell_what_autograd_saves_of_the_whole(name, precision, folder):
+def test_activations_of_parts_of_a_batch_foretell_what_autograd_saves_of_the_whole(name, precision, folder):
     config = CONFIG.replace(precision=precision)
-    method, _ = trained(name)
+    # As few words as there can be, one of each text: how many IRRA hides is chance, and what it asks about each word is
+    # large beside these small towers.
+    changes = {"mask_rate": 1e-6} if name == "irra" else {}
+    method, _ = trained(name, **changes)
     batch = training_batch(method, folder, range(SIZE))
-    # IRRA classifies as many words as it happens to hide, against a vocabulary that is large beside these small towers.
-    draws = 12 if name == "irra" else 1
-    curves = grown(method, batch, config, draws=draws)
-    real = statistics.mean(saved_bytes(method, batch, config) for _ in range(draws))
-    assert curves.encode(SIZE) + curves.losses(SIZE) == pytest.approx(real, rel=0.1)
+    curves = grown(method, batch, config)
+    assert curves.encode(SIZE) + curves.losses(SIZE) == pytest.approx(saved_bytes(method, batch, config), rel=0.1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -81,20 +74,21 @@ def test_the_peak_of_a_real_step_is_as_foretold(name, accumulate, folder):
     foretold = grown(method, batch, config).activations(SIZE, accumulate=accumulate)
     step = Step(method, optimizer, config, "finetune")
     step(batch, check=lambda _: None)  # the optimiser's state is there from now on
-    gradients = sum(parameter.numel() * 4 for parameter in method.parameters() if parameter.requires_grad)
     with cost.Alive() as alive:
+        alive.ignored = cost.shapes_of_weights(method)
         step(batch, check=lambda _: None)
-    # Gradients of weights grow while activations are freed, so that the truth lies between.
-    assert 0.95 * foretold <= alive.peak <= 1.05 * (foretold + 2 * gradients)
+    # On the CPU the passes are copies of the batch; on a GPU they wait in the memory of the host.
+    copies = 0 if accumulate == 1 else sum(tensor.nbytes for tensor in tensors_of(batch))
+    assert foretold + copies == pytest.approx(alive.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["clip", "hpl"])
 def test_checkpointing_keeps_less_and_what_it_computes_again_is_seen(name, folder):
     method, _ = trained(name)
     batch = training_batch(method, folder, range(SIZE))
-    plain = grown(method, batch, CONFIG, draws=1)
+    plain = grown(method, batch, CONFIG)
     method.backbone.set_grad_checkpointing(True)
-    frugal = grown(method, batch, CONFIG, draws=1)
+    frugal = grown(method, batch, CONFIG)
     whole = cost.measure_kept(method, batch, "finetune", CONFIG)
     assert frugal.encode(SIZE) < 0.8 * plain.encode(SIZE)
     assert frugal.encode(SIZE) + frugal.losses(SIZE) == pytest.approx(whole.encode + whole.losses, rel=0.02)
@@ -103,14 +97,14 @@ def test_checkpointing_keeps_less_and_what_it_computes_again_is_seen(name, folde
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("name", ["clip", "hpl"])
-def test_operations_of_half_a_batch_foretell_those_of_a_real_step(name, accumulate, folder):
+def test_operations_of_parts_of_a_batch_foretell_those_of_a_real_step(name, accumulate, folder):
     config = CONFIG.replace(accumulate=accumulate)
     method, optimizer = trained(name, config)
     batch = training_batch(method, folder, range(SIZE))
     points = [
         (size, cost.count_operations(method, cost.part_of(batch, size, INSTANCES), "finetune", config, count_flops,
                                      forward=True))
-        for size in (16, 20, 24)
+        for size in (16, 24, 32)
     ]  # fmt: skip
     step = Step(method, optimizer, config, "finetune")
     real = count_flops(lambda: step(batch, check=lambda _: None), method)
@@ -142,13 +136,15 @@ def test_a_curve_finds_the_polynomial_and_is_never_negative():
     assert cost.curve(points, 2)(64) == pytest.approx(3 * 64**2 - 2 * 64 + 7)
     assert cost.curve([(4, 10.0)], 2)(64) == pytest.approx(10)
     assert cost.curve([(2, 10.0), (4, 2.0)], 1)(64) == 0
+    # Parts that are not alike bend the wrong way: a line is left.
+    assert cost.curve([(16, 116.0), (20, 167.0), (24, 204.0)], 2)(48) > 400
 
 
 def test_only_new_storages_count_and_only_as_long_as_they_live():
     weight = torch.zeros(100, 100, requires_grad=True)
     inputs = torch.zeros(50, 100)
     with cost.Alive() as alive:
-        view = weight.t().reshape(100, 100)[:10]
+        view = weight.t().reshape(-1)[:10]
         assert alive.now == 100 * 100 * 4  # `reshape` copies; `t` and the slice do not
         del view
         hidden = inputs @ weight
@@ -204,23 +200,14 @@ def test_the_sizes_reach_the_batch_where_time_allows_and_stop_at_a_bound():
         return size
 
     found = cost.sizes_measured(measure, 64, 4, seconds=5.0)
-    assert [size for size, _ in found[:3]] == [4, 34, 64] and len(found) == 12 and seen == [size for size, _ in found]
-    assert max(size for size, _ in cost.sizes_measured(measure, 64, 4, seconds=5.0, most=lambda first: 3 * first)) == 12
+    assert (
+        [size for size, _ in found[:3]] == [4, 34, 64] and len(found) == 12 and all(size == got for size, got in found)
+    )
+    assert seen[0] == 4 and sorted(seen) == sorted(size for size, _ in found)
+    bounded = cost.sizes_measured(measure, 64, 4, seconds=5.0, most=lambda first: 3 * first)
+    assert max(size for size, _ in bounded) == 12
     assert {size for size, _ in cost.sizes_measured(measure, 64, 4, seconds=0.0)} == {4, 5, 6}
     assert {size for size, _ in cost.sizes_measured(measure, 3, 4, seconds=0.0)} == {3}
-
-
-def test_a_method_that_does_not_encode_apart_is_measured_as_a_whole(folder):
-    class Whole(type(model("clip"))):
-        encode = cost.Method.encode
-
-        def losses(self, batch, stage):
-            image, text = self.embed_images(batch), self.embed_texts(batch)
-            return {"itc": (image @ text.T).exp().mean()}
-
-    method = build_method("clip", {}, model("clip").backbone, 6).train()
-    method.__class__ = Whole
-    batch = training_batch(method, folder, range(16))
-    kept = cost.measure_kept(method, batch, "finetune", CONFIG)
-    found = cost.count_operations(method, batch, "finetune", CONFIG, count_flops)
-    assert kept.encode == kept.rows == found.encode == 0 and kept.losses > 0 and found.losses > 0
+    # Whole people, as far as there is time for two of them.
+    assert {size for size, _ in cost.sizes_measured(measure, 62, 4, seconds=5.0, instances=4)} == {12, 28, 62}
+    assert {size for size, _ in cost.sizes_measured(measure, 62, 4, seconds=0.0, instances=4)} == {4, 5, 6}
