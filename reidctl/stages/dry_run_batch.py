@@ -114,7 +114,7 @@ def draw_batch(samples: TrainingSet, batch: Batch, config: TrainConfig, backbone
         DataError: the file cannot be written.
     """
     texts = _texts(samples, batch, config, backbone)
-    images, people = batch.require("image").numpy(), batch.require("person").tolist()
+    images, people = batch.finished().require("image").numpy(), batch.require("person").tolist()
     shown = [
         Shown(to_pixels(image, *samples.statistics), person, str(samples.persons[person]), text)
         for image, person, text in zip(images, people, texts, strict=True)

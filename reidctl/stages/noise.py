@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
 from reidctl.data import Corpus
 from reidctl.datasets.degrade import degrade
@@ -56,7 +58,8 @@ def degrade_captions(corpus: Corpus, kind: str, level: float, *, seed: int = 0) 
 
     Args:
         corpus: all splits.
-        kind: `drop`, `shorten`, `typo` or `shuffle`.
+        kind: `drop`, `shorten`, `typo` or `shuffle` spoil words; `exchange` gives a share `level` of the captions to
+            each other's images, the noisy correspondence of RDE (Qin et al. 2024, arXiv:2308.09911, section 4.1).
         level: in [0, 1].
         seed: of all draws.
     """
@@ -65,11 +68,30 @@ def degrade_captions(corpus: Corpus, kind: str, level: float, *, seed: int = 0) 
     train = (corpus.images["split"] == "train").to_numpy()
     captions = corpus.captions.copy()
     spoilt = train[captions["row"].to_numpy(int)]
+    if kind == "exchange":
+        captions["text"] = _exchanged(captions["text"], captions["caption_id"], spoilt, level, seed)
+        return replace(corpus, captions=captions)
     captions["text"] = [
         degrade(str(text), kind, level, seed=seed, key=str(name)) if bad else text
         for text, name, bad in zip(captions["text"], captions["caption_id"], spoilt, strict=True)
     ]
     return replace(corpus, captions=captions)
+
+
+def _exchanged(
+    texts: "pd.Series[str]", names: "pd.Series[str]", train: npt.NDArray[np.bool_], share: float, seed: int
+) -> list[str]:
+    """The texts with a share of those in training passed on in a ring; a higher share takes the same ones and more.
+
+    The next in the ring may be of the same person by chance, as where published code shuffles.
+    """
+    given = [str(text) for text in texts]
+    rows = np.flatnonzero(train)
+    order = np.argsort([_draw(seed, str(names.iloc[row]), "exchange") for row in rows], kind="stable")
+    chosen = rows[order[: round(share * len(rows))]]
+    for row, giver in zip(chosen, np.roll(chosen, 1), strict=True):
+        given[row] = str(texts.iloc[giver])
+    return given
 
 
 def _draw(seed: int, image_id: str, what: str) -> int:

@@ -32,8 +32,9 @@ class DataSettings(Section):
 
     caption_noise: float = Field(0.0, ge=0, le=1)
     """Level at which the training captions are made worse in the way of `caption_noise_kind`, as `data degrade` does it
-    for queries: a study of how much a training owes to their quality."""
-    caption_noise_kind: Literal["drop", "shorten", "typo", "shuffle"] = "drop"
+    for queries (a study of how much a training owes to their quality), or the share that is exchanged."""
+    caption_noise_kind: Literal["drop", "shorten", "typo", "shuffle", "exchange"] = "drop"
+    """`exchange` gives captions to other images: the noisy correspondence that `rde` is made for."""
     part: Literal["all", "captioned", "caption-free"] = "all"
     """Which training images `finetune` and `prompt-stage` use: a single-task model sees only its own set."""
 

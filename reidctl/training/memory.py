@@ -117,7 +117,7 @@ def measure_needs(
         gradients=gradients // shared,
         optimizer=2 * gradients // shared,
         averages=(gradients if config.ema is not None else 0) // shared,
-        inputs=_bytes(list(tensors_of(batch))) // max(len(batch), 1),
+        inputs=_bytes(tensors_of(batch.finished())) // max(len(batch), 1),
         growth=grown,
         plan=Plan(checkpointing, config.precision == "bf16", config.accumulate, len(batch)),
         instances=config.instances if grouped(config) else 1,

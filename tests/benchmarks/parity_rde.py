@@ -138,26 +138,20 @@ def our_model(
     theirs: nn.Module, size: tuple[int, int], layers: int, recipe: Mapping[str, Any], **changes: Any
 ) -> Method:
     """Return `rde` with their weights; every tensor of either side has its counterpart."""
+    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY}
     config = BackboneConfig(
         kind="clip",
         spec="clip:parity",
         image_size=size,
         image={"patch_size": 16, "width": WIDTH, "layers": layers, "head_width": 64},
-        text={
-            "context_length": CONTEXT,
-            "vocab_size": VOCABULARY,
-            "width": WIDTH,
-            "heads": WIDTH // 64,
-            "layers": layers,
-        },
+        text=text | {"width": WIDTH, "heads": WIDTH // 64, "layers": layers},
         dim=JOINT,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
         quick_gelu=True,
     )
     settings = {name: value for name, value in recipe["method"].items() if name != "name"} | changes
-    method = build_method("rde", settings, ClipBackbone(config), max(PERSON) + 1).to(theirs.logit_scale.dtype)
-    method = method.to(next(theirs.parameters()).dtype)
+    method = build_method("rde", settings, ClipBackbone(config), max(PERSON) + 1).to(next(theirs.parameters()).dtype)
     missing, unexpected = method.load_state_dict(ours_by_name(theirs.state_dict()), strict=False)
     known = {name for name, _ in method.named_parameters()} | {n for n, _ in method.named_buffers() if "running" in n}
     if unexpected or known & set(missing):
@@ -259,32 +253,27 @@ def compare_losses(
 
 
 class PlantedPairs:
-    """As much of a model and of a loader as their `get_loss` needs: two losses of every sample."""
+    """As much of a model, a loader and a dataset as their `get_loss` needs: two losses of every sample."""
+
+    real_correspondences = None
 
     def __init__(self, first: Tensor, second: Tensor, noise: float, dataset: str) -> None:
-        self.table, self.size = (first, second), len(first)
+        self.table, self.dataset = (first, second), self
         self.args = SimpleNamespace(noisy_rate=noise, dataset_name=dataset)
-        self.dataset = _Sized(self.size)
+
+    def __len__(self) -> int:
+        return len(self.table[0])
 
     def eval(self) -> None:
         """Nothing to do."""
 
     def __iter__(self) -> Any:
-        for rows in torch.arange(self.size).split(64):
+        for rows in torch.arange(len(self)).split(64):
             yield {"index": rows}
 
     def compute_per_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         rows = batch["index"]
         return self.table[0][rows], self.table[1][rows], rows, rows
-
-
-class _Sized(list[int]):
-    """A dataset of some size."""
-
-    real_correspondences = None
-
-    def __init__(self, size: int) -> None:
-        super().__init__(range(size))
 
 
 def compare_division(code: Theirs, table: Table) -> None:
@@ -363,11 +352,8 @@ def compare_optimisation(code: Theirs, table: Table, args: Any, theirs: nn.Modul
     optimizer = quiet(code.solver.build_optimizer, args, theirs)
     schedule = code.solver.build_lr_scheduler(args, optimizer)
     mine = build_optimizer(ours, "finetune", config)
-    if (type(optimizer), optimizer.defaults["betas"], optimizer.defaults["eps"]) != (
-        type(mine),
-        config.betas,
-        config.eps,
-    ):
+    solver = type(optimizer), optimizer.defaults["betas"], optimizer.defaults["eps"]
+    if solver != (type(mine), config.betas, config.eps):
         raise RuntimeError("another optimiser")
     table.one("epochs", of(args.num_epoch), of(config.epochs))
     table.one("batch", of(args.batch_size), of(config.batch))

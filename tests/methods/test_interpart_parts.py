@@ -219,9 +219,9 @@ def test_encoding_asks_nothing_of_the_device(name, folder):
     assert watch.asked == []
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if "masked" not in name and name != "tal"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "tal"])
 def test_a_step_asks_nothing_of_the_device_unless_a_shared_loss_drops_rows(name, folder):
-    """`losses.tal` and `losses.contrast`, which the masked contrast calls, leave out rows without an answer."""
+    """`losses.tal` leaves out rows without a wrong answer."""
     method = make(**SETTINGS[name])
     batch = method.prepare(batch_of(method, folder))
     assert asked(method, batch) == []

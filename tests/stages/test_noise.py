@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 
 from reidctl.data import Corpus
 from reidctl.errors import DataError
-from reidctl.stages.noise import exchange_descriptions
+from reidctl.stages.noise import degrade_captions, exchange_descriptions
 
 
 def corpus(people: int = 10, each: int = 4, *, described: bool = True) -> Corpus:
@@ -55,3 +56,27 @@ def test_no_noise_changes_nothing_and_one_person_is_an_error() -> None:
     with pytest.raises(DataError, match="two people"):
         exchange_descriptions(corpus(described=False), 0.5)
     assert np.array_equal(before.images["person_id"], corpus().images["person_id"])
+
+
+def captioned() -> Corpus:
+    plain = corpus()
+    rows = list(range(len(plain.images)))
+    captions = pd.DataFrame(
+        {"caption_id": [f"c{row}" for row in rows], "text": [f"text {row}" for row in rows], "row": rows}
+    )
+    return replace(plain, captions=captions)
+
+
+def test_exchanged_captions_are_a_permutation_of_exactly_that_share_of_the_training_captions() -> None:
+    before = captioned()
+    texts = {}
+    for share in (0.25, 0.5, 1.0):
+        after = degrade_captions(before, "exchange", share)
+        moved = [row for row, text in enumerate(after.captions["text"]) if text != f"text {row}"]
+        assert len(moved) == round(share * 32) and max(moved) < 32
+        assert sorted(after.captions["text"]) == sorted(before.captions["text"])
+        texts[share] = set(moved)
+    assert texts[0.25] < texts[0.5] < texts[1.0]
+    again = degrade_captions(before, "exchange", 0.5)
+    assert list(again.captions["text"]) == list(degrade_captions(before, "exchange", 0.5).captions["text"])
+    assert list(again.captions["text"]) != list(degrade_captions(before, "exchange", 0.5, seed=1).captions["text"])
