@@ -203,6 +203,7 @@ class Batch:
         asked: which words are hidden, (text, place), shape (M, 2), int64.
         answer: their ids, shape (M,), int64.
         text_row: the sample of each text, shape (T,), int64; None: as `has_text` says.
+        fused_row: the samples with a `fusion` text, shape (F,), int64; None: as `has_fusion` says.
         sample: numbers of the samples in the training set, shape (B,), int64.
         finish: what is left to do with the images; methods never see it, because `finished` comes before them.
     """
@@ -223,6 +224,7 @@ class Batch:
     asked: Tensor | None = None
     answer: Tensor | None = None
     text_row: Tensor | None = None
+    fused_row: Tensor | None = None
     sample: Tensor | None = None
     finish: Finish | None = None
 
@@ -276,7 +278,7 @@ class Batch:
     def take(self, samples: Sequence[int]) -> "Batch":
         """Return some samples with their texts, on the CPU; texts are trimmed to the longest that is left.
 
-        Phrases keep the table of all phrases: what a part does not use is encoded for nothing, never wrongly.
+        Of the table of phrases a part keeps what its texts have.
         """
         rows = torch.as_tensor(samples, dtype=torch.long)
         texts = self._texts_of(rows)
@@ -290,6 +292,7 @@ class Batch:
             **kept,
             **self._asked_of(texts),
             text_row=None,
+            fused_row=None,
             texts={name: trimmed(tokens[texts]) for name, tokens in self.texts.items()},
             frozen=frozen,
             image_id=tuple(self.image_id[row] for row in samples) if self.image_id else (),
@@ -318,9 +321,15 @@ class Batch:
         asked = torch.stack([row[kept], self.asked[kept, 1]], dim=1)
         return {"masked": trimmed(self.masked[texts]), "asked": asked, "answer": self.answer[kept]}
 
+    def fused_samples(self) -> Tensor:
+        """Return the samples whose `fusion` text may be read, shape (F,), int64."""
+        return self.require("has_fusion").nonzero().flatten() if self.fused_row is None else self.fused_row
+
     def located(self) -> "Batch":
-        """Return the batch with `text_row`, so that nobody asks a device which samples have a text."""
-        return self if self.has_text is None else replace(self, text_row=self.has_text.nonzero().flatten())
+        """Return the batch with `text_row` and `fused_row`, so that nobody asks a device which samples have a text."""
+        text = None if self.has_text is None else self.has_text.nonzero().flatten()
+        fused = None if self.has_fusion is None else self.has_fusion.nonzero().flatten()
+        return replace(self, text_row=text, fused_row=fused)
 
     def require(self, name: str) -> Tensor:
         """Return tensor `name`, which the caller cannot do without.
@@ -354,6 +363,7 @@ class Batch:
             text_id=tuple(self.text_id[row] for row in named) if self.text_id else (),
             has_text=None,
             text_row=None,
+            fused_row=None,
             finish=None if self.finish is None else self.finish.take(rows),
         )
 

@@ -431,17 +431,20 @@ def clothing_adversarial(
         Scalar in nats, in [0, 13.8]; rows that have nothing to contrast with (B = 1, softmax) are left out.
     """
     logits, own, valid = _clothing_logits(clothing, text, temperature, group)
+    if not len(own):
+        return zero(clothing, text)
+    lowest = math.log(1e-6)
     if p_pos == "sigmoid":
-        log_rest = F.logsigmoid(-logits.diagonal())
-    else:
-        contrasted = (valid & ~own).any(dim=1) if len(own) else own.new_zeros(0)
-        if not contrasted.any():
-            return zero(clothing, text)
-        logits, own, valid = logits[contrasted], own[contrasted], valid[contrasted]
-        # log(1 - P) as a difference of two log-sums: 1 - softmax would lose all digits near P = 1.
-        total = logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1)
-        log_rest = logits.masked_fill(~valid | own, -torch.inf).logsumexp(dim=1) - total
-    return -log_rest.clamp(min=math.log(1e-6)).mean() if len(log_rest) else zero(clothing, text)
+        return -F.logsigmoid(-logits.diagonal()).clamp(min=lowest).mean()
+    contrasted = (valid & ~own).any(dim=1)
+    # As in `contrast`: rows that do not count get something to be contrasted with, and no weight.
+    valid = valid | ~contrasted[:, None]
+    # log(1 - P) as a difference of two log-sums: 1 - softmax would lose all digits near P = 1.
+    total = logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1)
+    rest = logits.masked_fill(~valid | own, -torch.inf).logsumexp(dim=1)
+    # A batch of one has nothing else at all; -inf must not meet a gradient.
+    alone = len(own) == 1
+    return zero(clothing, text) if alone else _mean(-(rest - total).clamp(min=lowest), contrasted)
 
 
 @in_full_precision
@@ -480,18 +483,17 @@ def tal(image: Tensor, text: Tensor, person: Tensor, *, temperature: float = 0.0
         Scalar >= 0 in cosine units; a row without a negative counts 0.
     """
     _check_temperature(temperature)
-    cosine, match = _cosine(image, text), _same(person, person)
-    keep = ~match.all(dim=1) if len(match) else match.new_zeros(0)
-    if not keep.any():
+    if not len(person):
         return zero(image, text)
-    return sum(
-        (_tal_rows(scores[keep], match[keep], temperature, margin).sum() / len(match) for scores in (cosine, cosine.T)),
-        start=zero(image, text),
-    )
+    cosine, match = _cosine(image, text), _same(person, person)
+    lonely = match.all(dim=1)
+    both = (_tal_rows(scores, match, lonely, temperature, margin).sum() / len(match) for scores in (cosine, cosine.T))
+    return sum(both, start=zero(image, text))
 
 
-def _tal_rows(cosine: Tensor, match: Tensor, temperature: float, margin: float) -> Tensor:
+def _tal_rows(cosine: Tensor, match: Tensor, lonely: Tensor, temperature: float, margin: float) -> Tensor:
     scaled = cosine / temperature
     choice = scaled.masked_fill(~match, -torch.inf).softmax(dim=1).detach()
-    negative = temperature * scaled.masked_fill(match, -torch.inf).logsumexp(dim=1)
-    return (margin - (choice * cosine).sum(dim=1) + negative).relu()
+    # A row without a negative keeps its scores, so that its gradient, which nobody reads, is a number.
+    negative = temperature * scaled.masked_fill(match & ~lonely[:, None], -torch.inf).logsumexp(dim=1)
+    return torch.where(lonely, 0.0, (margin - (choice * cosine).sum(dim=1) + negative).relu())

@@ -269,14 +269,20 @@ def mean_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def exchange(parts: Parts) -> list[Parts]:
-    """Return the parts of all processes, in order of rank; those of the others are constants.
+    """Return the parts of all processes, in order of rank; see `exchange_with`."""
+    return exchange_with(parts, 0)[0]
+
+
+def exchange_with(parts: Parts, number: int) -> tuple[list[Parts], int]:
+    """Return the parts of all processes, in order of rank, and the first one's number; others' parts are constants.
 
     All tensors travel as bytes in one exchange, after one of their shapes. This process's own part is returned as it
     is, so that gradients reach what it was computed from.
     """
     if not _active():
-        return [parts]
-    names, shapes = sorted(parts), _shapes(parts)
+        return [parts], number
+    names = sorted(parts)
+    shapes, first = _shapes(parts, number)
     own = _pack([parts[name] for name in names])
     sizes = [_packed_size(parts, names, theirs) for theirs in shapes]
     buffer = own.new_zeros(max(sizes))
@@ -289,20 +295,19 @@ def exchange(parts: Parts) -> list[Parts]:
             found.append(parts)
         else:
             found.append(parts.with_rows(_unpack(piece, parts, names, theirs)))
-    return found
+    return found, first
 
 
-def _shapes(parts: Parts) -> list[list[list[int]]]:
-    """The shapes of every tensor in every process, tensors by sorted name."""
-    own = [size for name in sorted(parts) for size in parts[name].shape]
+def _shapes(parts: Parts, number: int) -> tuple[list[list[list[int]]], int]:
+    """The shapes of every tensor in every process, tensors by sorted name, and the first process's number."""
     dims = [parts[name].ndim for name in sorted(parts)]
-    told = torch.tensor(own, dtype=torch.int64)
-    received = torch.empty(len(own) * dist.get_world_size(), dtype=torch.int64)
+    told = torch.tensor([number, *(size for name in sorted(parts) for size in parts[name].shape)], dtype=torch.int64)
+    world = dist.get_world_size()
+    received = torch.empty(len(told) * world, dtype=torch.int64)
     dist.all_gather_into_tensor(received, told)
+    table = received.view(world, -1).numpy()
     ends = np.cumsum(dims)[:-1].tolist()
-    return [
-        [part.tolist() for part in np.split(piece.numpy(), ends)] for piece in received.chunk(dist.get_world_size())
-    ]
+    return [[part.tolist() for part in np.split(row[1:], ends)] for row in table], int(table[0, 0])
 
 
 def _bytes(count: int, item: int) -> int:

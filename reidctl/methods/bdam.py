@@ -205,7 +205,7 @@ class Bdam(Method):
         matching, clothing = self._any_active("info", "gate", "match"), self._any_active("aln", "adv", "grl")
         if matching:
             # The one question to the device, asked before there is work that the answer would have to wait for.
-            rows["usable"] = batch.require("has_fusion").nonzero().flatten()
+            rows["usable"] = batch.fused_samples()
         streams = self.streams(batch.require("image"))
         if matching:
             rows |= self._encode_matching(batch, streams)

@@ -146,6 +146,7 @@ def run(
         **({"joint": True} if joint else {}),  # evaluations without it have the fingerprint they always had
     }
     inputs = source.digests()
+
     def known() -> dict[str, Any] | None:
         current = None if force else run.up_to_date(STAGE, settings, inputs)
         if current is None and reuse and not force:

@@ -216,14 +216,19 @@ class Trainer:
         message = f"{self.device} ran out of memory in a batch of {images} images."
         if self.place.world > 1:
             # The others do not measure: whatever asks them for something would wait for ever.
-            hint = "Try backbone.grad_checkpointing=true, train.precision=bf16, train.accumulate=2 or a smaller batch."
+            hint = "Try backbone.grad_checkpointing=true, train.precision=bf16, train.accumulate=2 or a smaller batch;"
             return UsageError(message, hint=f"{hint} `--dry-run --devices {self.place.world}` says what would fit.")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         checkpointing = self.method.backbone.image.checkpointing
         self.method.gradients = local_gradients
-        needs = measure_needs(self.method, batch, self.stage, self.config, checkpointing=checkpointing)
-        return UsageError(message, hint=advice(error, needs, self.device))
+        try:
+            needs = measure_needs(self.method, batch, self.stage, self.config, checkpointing=checkpointing)
+            return UsageError(message, hint=advice(error, needs, self.device))
+        except (RuntimeError, MemoryError) as again:
+            if not is_out_of_memory(again):
+                raise
+            return UsageError(message, hint="Not even a small part of it fits: is the device used by others?")
 
     def _enter(self, plan: EpochPlan) -> int:
         """Prepare for an epoch; return the number of its batches that are done."""

@@ -8,7 +8,7 @@ whole, are means. With the features' gradients scaled by the number of processes
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +101,7 @@ class Step:
 
     def send(self, batch: Batch) -> Batch:
         """Return a batch on the device, its images ready to be encoded."""
-        moved = batch.to(self.device)
+        moved = batch.to(self.device).finished()
         if self.config.channels_last and moved.image is not None:
             moved = moved.with_image(moved.image.contiguous(memory_format=torch.channels_last))
         return moved
@@ -150,10 +150,28 @@ class Losses(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         parts = self.method.encode(batch, self.stage)
-        every = parallel.exchange(parts)
+        every, seed = parallel.exchange_with(parts, _seed())
         if len(every) > 1:
             every[parallel.place().rank] = scaled(parts, len(every))
-        return self.method.losses_of(join(every), self.stage)
+        with _shared_random(seed, every[0]):
+            return self.method.losses_of(join(every), self.stage)
+
+
+def _seed() -> int:
+    """A number from the process's generator, on several processes; one process draws nothing more than it needs."""
+    return int(torch.randint(2**62, ())) if parallel.place().world > 1 else 0
+
+
+@contextmanager
+def _shared_random(seed: int, parts: Parts) -> Iterator[None]:
+    """Let all processes draw the same numbers (pairs to be matched, random triplets): they differentiate one loss."""
+    if parallel.place().world == 1:
+        yield
+        return
+    devices = {value.device for value in parts.rows.values() if value.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Passes:
@@ -188,9 +206,10 @@ class _Passes:
             for batch in self.batches:
                 self.states.append(_RandomState(step.device))
                 self.leaves.append(_leaves(step.method.encode(step.send(batch), step.stage)))
-        every = parallel.exchange(join([leaf.with_rows(_detached(leaf)) for leaf in self.leaves]))
+        own = join([leaf.with_rows(_detached(leaf)) for leaf in self.leaves])
+        every, seed = parallel.exchange_with(own, _seed())
         rank = parallel.place().rank
-        with step.autocast():
+        with step.autocast(), _shared_random(seed, own):
             return step.method.losses_of(join([*every[:rank], *self.leaves, *every[rank + 1 :]]), step.stage)
 
     def _again(self) -> Iterable[tuple[Parts, Parts]]:
@@ -282,7 +301,7 @@ def _detached(parts: Parts) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _still(method: nn.Module) -> Any:
+def _still(method: nn.Module) -> Iterator[None]:
     """Let norms use the statistics of a batch without keeping them: a pass that is made twice would count twice."""
     norms = [module for module in method.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [norm.momentum for norm in norms]

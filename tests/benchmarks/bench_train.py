@@ -14,7 +14,8 @@ TensorBoard writer. On a CPU "cuda" is read as the CPU and float16 as float32, f
 
 All take turns, `--rounds` times, after one round that is not counted. A rate is the median over rounds of images per
 second from the request for batch `WARM` to the request after the last one, loading included; `spread` is the largest
-distance of a round from its median. `bare` is forward and backward of the same towers on one batch that lies on the
+distance of a round from its median. One step in `train.log_every`, and the last, reports the gradient norm of every
+loss too, as in any training of ours. `bare` is forward and backward of the same towers on one batch that lies on the
 device: no data, losses or optimiser. `GFLOP` are the operations per image that a step executes, forward and backward;
 `of peak` is their rate over the device's: the data sheet's for bfloat16 on a GPU, a large float32 product's on a CPU,
 measured in the same rounds. `memory` is the most that one training needs, measured in a process of its own: of
@@ -204,9 +205,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, nargs="?", help="folder of anosorae/IRRA; without it ours alone")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--batches", type=int, nargs="+", help="default: 16 on a CPU, 64 and 256 on a GPU")
-    parser.add_argument("--steps", type=int, help="timed steps per round; default: 4 on a CPU, 40 on a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", help="default: 8 on a CPU, 64 and 256 on a GPU")
+    parser.add_argument("--steps", type=int, help="timed steps per round; default: 10 on a CPU, 40 on a GPU")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, help="of both loaders; default: ours and theirs, on a CPU none")
     parser.add_argument("--methods", nargs="*", default=["irra", "bdam"])
     parser.add_argument("--cpu-time", action="store_true", help="rates by processor time, on a machine that is busy")
@@ -217,8 +218,8 @@ def parsed() -> argparse.Namespace:
     gpu = given.device == "cuda"
     if given.cpu_time and (gpu or given.workers):
         parser.error("--cpu-time counts this process alone: on a CPU, without workers")
-    given.batches = given.batches or ([64, 256] if gpu else [16])
-    given.steps = given.steps or (40 if gpu else 4)
+    given.batches = given.batches or ([64, 256] if gpu else [8])
+    given.steps = given.steps or (40 if gpu else 10)
     return given
 
 

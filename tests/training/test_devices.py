@@ -15,6 +15,7 @@ from reidctl.embedding import embed_gallery, embed_queries
 from reidctl.methods.base import build_method
 from reidctl.training.config import TrainConfig
 from reidctl.training.loop import Trainer
+from reidctl.training.step import Step
 
 # A large epsilon keeps Adam from blowing rounding of small gradients up.
 SMALL = TrainConfig(epochs=2, batch=8, instances=2, lr=1e-3, eps=1e-2, warmup_epochs=0, device="cpu", log_every=1)
@@ -214,3 +215,25 @@ def test_the_place_is_the_launcher_s(env, expected, monkeypatch):
 )
 def test_the_first_host_of_a_slurm_list(hosts, first):
     assert parallel.first_host(hosts) == first
+
+
+def _drawing(rank, blocks):
+    """The losses of a method that draws pairs, from parts of one batch on processes with generators of their own."""
+    protocol = {"protocol": "pairwise", "gradnorm": None}
+    one = trainer(blocks, None, SMALL, "bdam", **protocol)
+    step = Step(one.method.train(), one.optimizer, SMALL, "finetune")
+    for module in one.method.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(rank)
+    batch = next(one.feed.load(one.feed.plan(0)))
+    seen = []
+    for _ in range(3):
+        done = step(batch, check=lambda values: None)
+        seen.append({name: float(value.detach()) for name, value in done.losses.items()})
+    return seen
+
+
+def test_processes_draw_the_same_pairs_in_their_losses(blocks):
+    first, second = in_processes(_drawing, blocks)
+    assert first == second and "match" in first[0]
