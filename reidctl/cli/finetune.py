@@ -116,7 +116,8 @@ def _try(
 
     if trial == "--dry-run":
         save = sheet or dry_run.default_sheet(Run(run))
-        record = dry_run.run(Run(run), recipe, **asked, devices=devices, save=save)
+        found = dry_run.run(Run(run), recipe, **asked, devices=devices, save=save)
+        record = {"stage": "finetune", "outputs": {}, "metrics": {}, **found}
         emit(record, run=run, as_json=as_json, lines=dry_run.lines(record))
     elif trial == "--find-lr":
         record = probing.search_rate(Run(run), recipe, **asked, steps=steps)

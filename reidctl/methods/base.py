@@ -177,20 +177,20 @@ class Method(nn.Module, ABC):
         """
         return batch
 
+    @abstractmethod
     def encode(self, batch: Batch, stage: str) -> Parts:
         """Return what the losses read of a batch: everything that is computed of each sample by itself.
 
         The batch may be a part of one: on each of several processes, or in each of several passes. Nothing here may
         compare samples or average over them; a sum over the part's samples has shape (1,) and adds up.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def losses_of(self, parts: Parts, stage: str) -> dict[str, Tensor]:
         """Return the unweighted losses of a whole batch by name, from what `encode` returned of all of it.
 
         Every process computes them, so that classifiers and norms here see the whole batch.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def embed_images(self, batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ class RateSearch:
     Attributes:
         rates: values of `train.lr`, rising; the other rates keep their ratio to it.
         objectives: the weighted sum of the losses at each, smoothed.
-        suggested: the rate at which the smoothed objective fell fastest; None if it never fell.
+        suggested: the middle of the fifth of the search over which the objective fell most; None if it never fell.
     """
 
     rates: list[float]
@@ -98,8 +98,9 @@ def find_rate(
 ) -> RateSearch:
     """Let the learning rate grow evenly on a logarithmic scale and watch the objective; changes the method.
 
-    Smith 2017, arXiv:1506.01186 (learning-rate range test). The objective is smoothed with a decay of 0.9, corrected
-    for its start; the search ends early where it is four times its smallest value or not finite.
+    Smith 2017, arXiv:1506.01186 (learning-rate range test). The objective is smoothed with a decay of 0.9 from
+    the mean of some steps at the lowest rate; the search ends early where it is four times its smallest value or not
+    finite.
 
     Args:
         method: untrained, on its starting weights.
@@ -116,27 +117,32 @@ def find_rate(
     if not config.lr > 0 or not 0 < low < high:
         raise UsageError("The search for a learning rate needs train.lr above 0 and a range of rates above 0.")
     bench = _Bench(method, feed, config, stage, seed)
+    batches = bench.batches()
+    # Batches differ more than the first steps do: the mean of some at the lowest rate is where the curve begins.
+    before = max(steps // 10, 5)
     rates: list[float] = []
     smooth: list[float] = []
-    mean = 0.0
-    with progress("learning rates", steps, unit="steps") as advance:
-        for number, batch in enumerate(itertools.islice(bench.batches(), steps)):
-            rate = low * (high / low) ** (number / max(steps - 1, 1))
+    with progress("learning rates", before + steps, unit="steps") as advance:
+
+        def objective(rate: float) -> float:
             bench.rates(rate / config.lr)
-            value = float(bench.step(batch, check=_unchecked).objective)
-            mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
-            now = mean / (1 - _SMOOTHING ** (number + 1))
+            advance(1)
+            return float(bench.step(next(batches), check=_unchecked).objective)
+
+        now = sum(objective(low) for _ in range(before)) / before
+        for number in range(steps):
+            rate = low * (high / low) ** (number / max(steps - 1, 1))
+            now = _SMOOTHING * now + (1 - _SMOOTHING) * objective(rate)
             if not math.isfinite(now) or (smooth and now > _BLOWN_UP * max(min(smooth), 1e-12)):
                 break
             rates.append(rate)
             smooth.append(now)
-            advance(1)
     return RateSearch(rates, smooth, _steepest(rates, smooth))
 
 
 def _steepest(rates: list[float], objectives: list[float]) -> float | None:
-    """The rate at which the objective falls fastest per decade, over windows of a tenth of the search."""
-    width = max(len(rates) // 10, 1)
+    """The middle of the fifth of the search over which the objective falls most; None if it never falls."""
+    width = max(len(rates) // 5, 1)
     falls = [(objectives[place + width] - objectives[place], place) for place in range(len(rates) - width)]
     if not falls or min(falls)[0] >= 0:
         return None
@@ -160,7 +166,10 @@ def overfit(method: Method, feed: Feed, config: TrainConfig, *, stage: str, seed
     with progress("one batch", steps, unit="steps") as advance:
         for _ in range(steps):
             done = bench.step(batch, check=_finite)
-            last = {"total": float(done.objective), **{name: float(value) for name, value in done.losses.items()}}
+            last = {
+                "total": float(done.objective),
+                **{name: float(value.detach()) for name, value in done.losses.items()},
+            }
             first = first or last
             advance(1)
     return Overfit(first, last, (before, _rank1(bench, batch)), steps)
