@@ -17,13 +17,15 @@ R = TypeVar("R")
 _MOST = 8
 
 
-def loader_threads(device: str) -> int:
+def loader_threads(device: str, processes: int = 1) -> int:
     """Return how many threads load when nobody says: one per core up to eight beside a GPU, none beside a CPU.
+
+    Several processes of a machine share its cores.
 
     Threads that decode while the CPU computes fight with it for cores and the interpreter lock: on two cores one of
     them halved the speed of `bdam-tiny`, whose loader needs a twentieth of a step's time.
     """
-    return min(_MOST, os.cpu_count() or 1) if device == "cuda" else 0
+    return min(_MOST, max((os.cpu_count() or 1) // processes, 1)) if device == "cuda" else 0
 
 
 def load_ahead(load: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int | None = None) -> Generator[R]:
@@ -35,7 +37,8 @@ def load_ahead(load: Callable[[T], R], items: Iterable[T], *, threads: int, ahea
         threads: 0 loads in the calling thread, when asked.
         ahead: how many results are made or wait at a time, which bounds the memory; None: two per thread. While the
             next one in order takes long, the threads need others to begin: with one more than threads, eight of them
-            whose times differ by 30 % deliver nearly a fifth less (`tests/benchmarks/bench_loader.py --ahead`).
+            whose times differ by 30 % deliver 10 to 20 % less where they are no faster than what they feed
+            (`tests/benchmarks/bench_loader.py --ahead`).
 
     Raises:
         Whatever `load` raises, at the place of the item; what was not begun is dropped.

@@ -123,7 +123,17 @@ def what_matters(training: TrainConfig) -> dict[str, Any]:
     return training.model_dump(exclude={*_HOW, *unused})
 
 
-_YOUNG = ("decay_biases", "final_factor", "cosine_over", "first_epoch", "groups", "accumulate", "ema", "patience")
+_YOUNG = (
+    "decay_biases",
+    "final_factor",
+    "cosine_over",
+    "first_epoch",
+    "groups",
+    "accumulate",
+    "ema",
+    "patience",
+    "fused",
+)
 # Where and how fast, not what: a training goes on on another machine, or with other of these settings.
 _HOW = ("device", "workers", "cache_mb", "log_every", "cache", "use", "compile", "channels_last", "parallel",
         "save_steps", "tensorboard", "wandb")  # fmt: skip

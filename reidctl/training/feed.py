@@ -12,6 +12,7 @@ import torch
 from reidctl import parallel
 from reidctl.batch import Batch
 from reidctl.data import Key, TrainingSet
+from reidctl.errors import UsageError
 from reidctl.loading import load_ahead, loader_threads
 from reidctl.sampling import share_of_rank
 from reidctl.training.batches import epoch_batches
@@ -54,7 +55,9 @@ class Feed:
 
     def __init__(self, samples: TrainingSet, config: TrainConfig, seed: int, device: torch.device) -> None:
         self.samples, self.config, self.seed, self.device = samples, config, seed, device
-        self.threads = loader_threads(device.type) if config.workers is None else config.workers
+        # As if all processes were on this machine: too few threads on several are better than too many on one.
+        own = loader_threads(device.type, parallel.place().world)
+        self.threads = own if config.workers is None else config.workers
         # A GPU normalises and erases bytes itself: a quarter of the copy, and less for the loader to do.
         samples.raw = device.type == "cuda"
 
@@ -74,6 +77,12 @@ class Feed:
                 instances=self.config.instances if together else 1,
                 captioned=flat < self.samples.paired if mixed else None,
             )
+            if not places:
+                raise UsageError(
+                    f"Batches of {self.config.batch} cannot be shared by {here.world} devices: each would get less "
+                    "than one group.",
+                    hint="Raise train.batch, lower train.instances, or use fewer devices.",
+                )
         return EpochPlan(epoch, flat, list(places))
 
     def load(self, plan: EpochPlan, start: int = 0) -> Generator[Batch]:

@@ -101,7 +101,7 @@ class Trainer:
         self._put(method)
         self.feed = Feed(samples, config, seed, self.device)
         self.optimizer = build_optimizer(self.method, stage, config)
-        self.average = None if config.ema is None else Average(method, config.ema)
+        self.average = None if config.ema is None else Average(self.method, config.ema)
         self.watch = Watch(folder, self.device)
         self.progress = Progress()
         self.tracker = Tracker([])
@@ -164,7 +164,7 @@ class Trainer:
         self.method.eval()
         if self.validate is None:
             return
-        found = parallel.from_first(self.validate(self.method))
+        found = self._measured(self.validate)
         self._log(0, self.config.select, found)
         self.progress.best_value = found[self.config.select_metric]
 
@@ -315,9 +315,12 @@ class Trainer:
         if self.validate is None:
             return
         with nullcontext() if self.average is None else self.average.in_place():
-            with nullcontext() if self.sharded is None else self.sharded.whole():
-                found = parallel.from_first(self.validate(self.method))
-            self._judge(epoch, found)
+            self._judge(epoch, self._measured(self.validate))
+
+    def _measured(self, validate: Validate) -> dict[str, float]:
+        """The metrics of the weights as they are, the first process's for all."""
+        with nullcontext() if self.sharded is None else self.sharded.whole():
+            return parallel.from_first(validate(self.method))
 
     def _judge(self, epoch: int, found: Mapping[str, float]) -> None:
         self._log(epoch, self.config.select, found)

@@ -45,7 +45,8 @@ def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.op
     decay. Then come the rules of `groups` in their order: each sets what it names, so the last one that matches wins.
     Parameters that a stage leaves out are frozen.
 
-    Where every parameter lies on CUDA the step is one fused kernel; on the CPU it is torch's own loop.
+    Where every parameter lies on CUDA the step is one fused kernel; on the CPU it is torch's own loop, unless
+    `config.fused` says otherwise.
 
     Raises:
         UsageError: a rule that is no regular expression, says nothing, or matches no parameter that trains.
@@ -64,7 +65,8 @@ def build_optimizer(method: Method, stage: str, config: TrainConfig) -> torch.op
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     on_gpu = all(parameter.device.type == "cuda" for owned in groups.values() for parameter in owned)
     # None leaves the choice to torch: on the CPU a loop over parameters, bit for bit the same everywhere.
-    return kind(described, betas=config.betas, eps=config.eps, fused=True if on_gpu else None)
+    fused = (True if on_gpu else None) if config.fused is None else config.fused
+    return kind(described, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def require_groups(method: Method, stage: str, config: TrainConfig) -> None:

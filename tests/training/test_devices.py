@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import corpus_of, write_dataset
 from methods.test_method_contract import SETTINGS
+from safetensors.torch import load_file
 from training.ranks import in_processes
 
 from reidctl import parallel
@@ -86,6 +87,37 @@ def test_two_processes_train_the_model_of_one(blocks, tmp_path, alone, config):
         for run in (first, alone)
     ]
     assert picked[0] == pytest.approx(picked[1], rel=1e-4)
+
+
+def test_an_average_is_kept_of_parameters_that_are_shared_out(blocks, tmp_path):
+    config = SMALL.replace(ema=0.7, keep_epochs=True)
+    expected = trained(0, blocks, tmp_path / "alone", config)
+    found = in_processes(trained, blocks, tmp_path / "fsdp", config.replace(parallel="fsdp"))
+    near(found[0][0], expected[0])
+    for epoch in (1, 2):
+        files = [tmp_path / kind / "epochs" / f"epoch-{epoch:03d}.safetensors" for kind in ("alone", "fsdp")]
+        near(*[{name: value.numpy() for name, value in load_file(file).items()} for file in reversed(files)])
+
+
+def test_nothing_to_train_is_validated_on_parameters_that_are_shared_out(blocks, tmp_path):
+    found = in_processes(trained, blocks, tmp_path, SMALL.replace(epochs=0, parallel="fsdp"))
+    near(found[0][0], trained(0, blocks, tmp_path, SMALL.replace(epochs=0))[0])
+
+
+def _refusals(rank, blocks, config, name, settings):
+    try:
+        trainer(blocks, None, config, name, **settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [("clip", {"accumulate": 2}, "does not work with train.accumulate"), ("bdam", {}, "balances its losses")],
+)
+def test_what_cannot_be_shared_out_is_refused(blocks, name, change, said):
+    found = in_processes(_refusals, blocks, SMALL.replace(parallel="fsdp", **change), name, {})
+    assert all(text.startswith("UsageError") and said in text for text in found)
 
 
 def _killed(rank, blocks, folder, config):
@@ -237,3 +269,16 @@ def _drawing(rank, blocks):
 def test_processes_draw_the_same_pairs_in_their_losses(blocks):
     first, second = in_processes(_drawing, blocks)
     assert first == second and "match" in first[0]
+
+
+def _plan(rank, blocks, batch):
+    try:
+        return len(trainer(blocks, None, SMALL.replace(batch=batch)).feed.plan(0).batches)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_batches_that_cannot_be_shared_are_refused(blocks):
+    found = in_processes(_plan, blocks, 4, count=3)
+    assert all(said.startswith("UsageError: Batches of 4 cannot be shared by 3 devices") for said in found)
+    assert in_processes(_plan, blocks, 6, count=3)[0] > 0

@@ -365,6 +365,22 @@ def test_channels_last_changes_no_weight_s_shape_and_trains_nearly_the_same(bloc
         assert torch.allclose(value, runs[1][name], atol=1e-3), name
 
 
+def test_the_fused_update_is_the_same_but_for_rounding_and_resumes(blocks, tmp_path):
+    runs = {}
+    for fused in (None, True):
+        config = SMALL.replace(epochs=2, fused=fused, eps=1e-3)
+        one = trainer(blocks, tmp_path / str(fused), config)
+        assert one.optimizer.param_groups[0]["fused"] is fused
+        one.run()
+        runs[fused] = state(one.method)
+    assert all(torch.allclose(value, runs[True][name], atol=1e-4) for name, value in runs[None].items())
+    config = SMALL.replace(epochs=2, fused=True, eps=1e-3, save_steps=1)
+    killed_at(trainer(blocks, tmp_path / "parts", config), 3)
+    again = trainer(blocks, tmp_path / "parts", config)
+    again.run()
+    assert same(state(again.method), runs[True])
+
+
 # What others see
 
 
@@ -374,7 +390,7 @@ def test_how_a_training_runs_does_not_make_it_another():
         compile=True, channels_last=True, parallel="fsdp", save_steps=5, tensorboard=True, wandb="x", device="cpu"
     )
     assert what_matters(plain) == what_matters(other)
-    for changed in ({"accumulate": 2}, {"ema": 0.9}, {"patience": 3}):
+    for changed in ({"accumulate": 2}, {"ema": 0.9}, {"patience": 3}, {"fused": True}):
         assert what_matters(plain.replace(**changed)) != what_matters(plain)
 
 
