@@ -488,6 +488,6 @@ def test_alternating_random_batches_come_from_one_dataset_each_and_need_no_k(blo
     alternating = trainer(blocks, tmp_path, SMALL.replace(sampler="alternating-random", batch=5), name="irra")
     assert [b.tolist() for b in batches_in(alternating, 1)] == [b.tolist() for b in batches_in(one, 1)]
     assert [b.tolist() for b in batches_in(alternating, 1)] != [b.tolist() for b in batches_in(alternating, 2)]
-    alternating.samples.domain_of_row = np.arange(24) % 2
+    alternating.feed.samples.domain_of_row = np.arange(24) % 2
     for batch in batches_in(alternating, 0):
         assert len(set(batch % 2)) == 1

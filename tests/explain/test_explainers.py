@@ -26,6 +26,7 @@ from reidctl.explain.explainers import (
 )
 from reidctl.explain.maps import Phrase, ask, explain_phrases
 from reidctl.methods.base import Method, MethodConfig, method_names, unit
+from reidctl.parts import Parts
 from reidctl.pixels import PixelStore
 
 GRID, N, D = (2, 2), 4, 5
@@ -106,7 +107,10 @@ class Toy(Method):
     def reads_out(self):
         return self.shares
 
-    def losses(self, batch, stage):
+    def encode(self, batch, stage):
+        return Parts({})
+
+    def losses_of(self, parts, stage):
         return {}
 
     def embed_images(self, batch):

@@ -210,10 +210,10 @@ def test_a_killed_stage_goes_on_after_its_last_whole_epoch_and_ends_bit_equal(da
     learn(whole, data, prompt=settings)
     epoch = Trainer._epoch
 
-    def dies(self, number, advance):
-        if number == 1:
+    def dies(self, plan, advance):
+        if plan.epoch == 1:
             raise Killed
-        epoch(self, number, advance)
+        epoch(self, plan, advance)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_epoch", dies)
@@ -442,10 +442,10 @@ def test_a_killed_stage_two_ends_bit_equal(run, trained, data, tmp_path, monkeyp
     train(whole, data, **settings)
     epoch = Trainer._epoch
 
-    def dies(self, number, advance):
-        if number == 1:
+    def dies(self, plan, advance):
+        if plan.epoch == 1:
             raise Killed
-        epoch(self, number, advance)
+        epoch(self, plan, advance)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_epoch", dies)
