@@ -8,8 +8,11 @@ import json
 import math
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reidctl.errors import UsageError
+from reidctl.errors import ReidctlError, UsageError
 from reidctl.parts import Parts
 
 T = TypeVar("T")
@@ -29,6 +32,8 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=24)
 _ALIGN = 16
 _PORT = 29_500
+PARENT = "REIDCTL_PARENT"
+"""Names the process that started this one with `--devices`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def announced() -> Place:
 def _announced(env: Mapping[str, str]) -> Place:
     for rank, world, local in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
         if rank in env and world in env:
-            found = Place(int(env[rank]), int(env[world]), int(env.get(local, "0")))
+            found = _numbers(env, rank, world, local)
             # A shell inside `salloc` has Slurm's variables of a job of one task, or of tasks that `srun` starts later.
             if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in env:
                 continue
@@ -76,6 +81,21 @@ def _announced(env: Mapping[str, str]) -> Place:
                 raise UsageError(f"{rank}={found.rank} is not one of {world}={found.world} processes.")
             return found
     return Place()
+
+
+def _numbers(env: Mapping[str, str], rank: str, world: str, local: str) -> Place:
+    try:
+        return Place(int(env[rank]), int(env[world]), int(env.get(local, "0")))
+    except ValueError:
+        raise UsageError(
+            f"{rank}={env[rank]} and {world}={env[world]} are no place among processes.", hint="Give whole numbers."
+        ) from None
+
+
+class LostPeer(ReidctlError):
+    """Another process of the group has failed, so that this one cannot go on."""
+
+    exit_code = 6
 
 
 @contextmanager
@@ -100,11 +120,37 @@ def joined(device: str) -> Iterator[Place]:
         torch.cuda.set_device(found.local)
     # Numbers of the host (sizes, seeds) are exchanged over gloo, so that nobody waits for a GPU.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    _watch_parent(os.environ.get(PARENT))
     dist.init_process_group(backend, rank=found.rank, world_size=found.world, timeout=_PATIENCE)
     try:
         yield found
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise LostPeer("Another process of this training has failed.", hint="Its own message says why.") from None
     finally:
-        dist.destroy_process_group()
+        # A group that lost somebody cannot be taken apart in order.
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    said = str(error).lower()
+    signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "nccl", "gloo", "socket")
+    return type(error).__name__.startswith("Dist") or any(sign in said for sign in signs)
+
+
+def _watch_parent(parent: str | None) -> None:
+    """Die with the process that started this one: nobody else would stop it, and a second training would join it."""
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def require_devices(kind: str, count: int) -> None:
@@ -174,11 +220,11 @@ def first_does(work: Callable[[], T]) -> T:
     if not _active():
         return work()
     result: Any = None
-    failure: BaseException | None = None
+    failure: Exception | None = None
     if is_first():
         try:
             result = work()
-        except BaseException as error:
+        except Exception as error:
             failure = error
     told = from_first("" if failure is None else f"The first process failed: {failure}")
     if failure is not None:
@@ -191,12 +237,27 @@ def first_does(work: Callable[[], T]) -> T:
 
 @contextmanager
 def first_then_others() -> Iterator[None]:
-    """Let the first process do something, and then all others, which find what it left on disk."""
-    if not is_first():
-        wait()
-    yield
-    if is_first():
-        wait()
+    """Let the first process do something, and then all others, which find what it left on disk.
+
+    Raises:
+        UsageError: in the others, if the first one failed.
+    """
+    if not _active():
+        yield
+    elif is_first():
+        failure = ""
+        try:
+            yield
+        except Exception as error:
+            failure = f"The first process failed: {error}"
+            raise
+        finally:
+            from_first(failure)
+    else:
+        told = from_first("")
+        if told:
+            raise UsageError(told)
+        yield
 
 
 def everyone(value: T) -> list[T]:

@@ -1,5 +1,6 @@
 """The run directory: one folder per stage and a `stage.json` that exists if and only if the stage finished."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,7 +8,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -108,7 +110,7 @@ class Run:
         record = {
             "format": FORMAT,
             "stage": stage,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name.replace("__main__.py", "reidctl"), *sys.argv[1:]],
             "version": __version__,
             "git_commit": _git_commit(),
             "settings": dict(settings),
@@ -126,6 +128,25 @@ class Run:
         }
         tables.write_text(self.stage_dir(stage) / "stage.json", json.dumps(record, indent=2, default=str) + "\n")
         return record
+
+    @contextmanager
+    def locked(self, stage: str) -> Iterator[None]:
+        """Keep another process from writing the same stage's state at the same time.
+
+        Raises:
+            DataError: one is doing so.
+        """
+        path = self.stage_dir(stage) / "last" / ".lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise DataError(
+                    f"Another process is training in {self.stage_dir(stage)}.",
+                    hint="Wait for it, stop it, or use another --run.",
+                ) from None
+            yield
 
     def check_writable(self) -> None:
         """Find out before hours of work whether the run directory can be written; leaves nothing behind.

@@ -67,5 +67,7 @@ def _lines(record: dict[str, Any], file: Path, run: Path) -> list[str]:
         *(f"  dropped {name}: {reason}" for name, reason in dropped.items()),
         *(f"  missing {name}: as in an untrained model" for name in initial),
     ]
-    start = f"--set backbone.start={run} --set backbone.spec={towers['spec']}"
-    return [*lines, f"to train on: reidctl finetune {start}"]
+    towards = dict(record["to_train"])
+    name = towards.pop("method")
+    settings = [f"--set 'backbone.{key}={value}'" for key, value in {"start": run, **towards}.items()]
+    return [*lines, f"to train on: reidctl finetune --method {name} {' '.join(settings)} --run ANOTHER"]

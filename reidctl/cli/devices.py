@@ -15,6 +15,9 @@ from typing import BinaryIO
 _GRACE_S = 10.0
 """How long the others may take to leave by themselves when one process has failed."""
 _POLL_S = 0.1
+_LOST = 6
+"""Exit code of a process that stopped because another had failed."""
+_PARENT = "REIDCTL_PARENT"
 _INTERRUPTED = 130
 
 
@@ -44,26 +47,26 @@ def _free_port() -> int:
 def _start(
     rank: int, count: int, port: int, arguments: Sequence[str], logs: Sequence[BinaryIO]
 ) -> "subprocess.Popen[bytes]":
-    place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {**where, _PARENT: os.getpid()}
     env = os.environ | {name: str(value) for name, value in place.items()}
     # Threads of all processes together: one per core.
     env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
-    # DDP warns of parameters that it looked for in vain; which losses a batch has is not known before.
-    env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output = (None, None) if rank == 0 else (subprocess.DEVNULL, logs[rank - 1])
     return subprocess.Popen([sys.executable, "-m", "reidctl", *arguments], env=env, stdout=output[0], stderr=output[1])
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"], logs: Sequence[BinaryIO]) -> int:
     """Wait until all have finished, or one has failed."""
+    order: list[int] = []
     try:
-        while True:
-            codes = [child.poll() for child in children]
-            if any(codes):
-                return _failure(children, logs)
-            if all(code == 0 for code in codes):
-                return 0
+        while len(order) < len(children):
+            ended = [rank for rank, child in enumerate(children) if child.poll() is not None and rank not in order]
+            order += ended
+            if any(children[rank].returncode for rank in ended):
+                return _failure(children, logs, order)
             time.sleep(_POLL_S)
+        return 0
     except KeyboardInterrupt:
         # A terminal has told the whole group; a bare signal to this process has not.
         _tell(children, signal.SIGINT)
@@ -71,11 +74,15 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"], logs: Sequence[BinaryIO
         return _INTERRUPTED
 
 
-def _failure(children: Sequence["subprocess.Popen[bytes]"], logs: Sequence[BinaryIO]) -> int:
-    """The exit code to leave with; what the failing process said is shown unless process 0 has said something."""
+def _failure(children: Sequence["subprocess.Popen[bytes]"], logs: Sequence[BinaryIO], order: Sequence[int]) -> int:
+    """The exit code to leave with; what the process said that failed first is shown, unless it has the terminal.
+
+    Others fail because they lost it; they say so by their exit code.
+    """
     _leave(children)
     codes = [child.poll() or 0 for child in children]
-    failed = next(rank for rank, code in enumerate(codes) if code)
+    ranks = [*order, *(rank for rank in range(len(codes)) if rank not in order)]
+    failed = min((rank for rank in ranks if codes[rank]), key=lambda rank: (codes[rank] == _LOST, ranks.index(rank)))
     if failed:
         logs[failed - 1].seek(0)
         sys.stderr.write(logs[failed - 1].read().decode("utf-8", "replace"))

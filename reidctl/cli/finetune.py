@@ -49,10 +49,12 @@ def command(
     merged = o.prepare(recipe, set_, seed, quiet)
     asked = {"method": method, "data": data, "captions": captions, "device": device}
     trial = _trial(dry_run, find_lr, overfit)
+    _alone(trial, {"--devices": devices not in (None, 1), "--sheet": sheet, "--resume": resume, "--force": force})
     if trial is not None:
-        _try(trial, run, merged, asked, steps, sheet, devices or 1, json_)
+        if o.speaks():
+            _try(trial, run, merged, asked, steps, sheet, devices or 1, json_)
         return
-    o.spread(devices, device)
+    o.spread(devices, device or o.train_device(merged, "train"))
     from reidctl.runs import Run
     from reidctl.stages import finetune
 
@@ -100,6 +102,20 @@ def _trial(dry_run: bool, find_lr: bool, overfit: bool) -> str | None:
     return chosen[0] if chosen else None
 
 
+def _alone(trial: str | None, given: Mapping[str, Any]) -> None:
+    """Refuse flags that a trial, or a training, has no use for.
+
+    Raises:
+        UsageError: one is given.
+    """
+    useful = {"--dry-run": {"--devices", "--sheet"}, "": {"--devices", "--resume", "--force"}}.get(trial or "", set())
+    idle = [name for name, value in given.items() if value and name not in useful]
+    if idle:
+        from reidctl.errors import UsageError
+
+        raise UsageError(f"`{idle[0]}` has no use {f'beside {trial}' if trial else 'without --dry-run'}.")
+
+
 def _try(
     trial: str,
     run: Path,
@@ -114,6 +130,7 @@ def _try(
     from reidctl.runs import Run
     from reidctl.stages import dry_run, probing
 
+    Run(run).check_writable()
     if trial == "--dry-run":
         save = sheet or dry_run.default_sheet(Run(run))
         found = dry_run.run(Run(run), recipe, **asked, devices=devices, save=save)

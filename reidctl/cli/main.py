@@ -17,13 +17,17 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 bug, 2 usage, 3 data, 4 remote, 5 gate, 130 interrupted, 141 pipe."""
+    if {"RANK", "SLURM_PROCID"} & set(os.environ):
+        # DDP warns of parameters that it looked for in vain; which losses a batch has is not known before.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # A terminated stage unwinds like an interrupted one, so that its temporary files go.
     signal.signal(signal.SIGTERM, _terminate)
     # A file name that this terminal's encoding cannot show is escaped; it must not stop the command.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _run()
-    if code == _INTERRUPTED:
+    # A process that `--devices` started leaves the sentence to the one that started it.
+    if code == _INTERRUPTED and "REIDCTL_PARENT" not in os.environ:
         _complain("Interrupted.", "Finished work is kept; run the same command again to continue.")
     sys.exit(code)
 

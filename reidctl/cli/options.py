@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ Devices = Annotated[
     typer.Option(
         "--devices",
         min=1,
-        help="Train on this many devices of this machine, one process each. Not needed under torchrun or Slurm.",
+        help="Share the work among this many devices of this machine. Not needed under torchrun or Slurm.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Only go on with a stopped training; refuse to begin anew.")]
@@ -70,6 +71,12 @@ def spread(devices: int | None, device: str | None) -> None:
     from reidctl.cli import devices as processes
 
     raise typer.Exit(processes.launch(devices, processes.without_devices(sys.argv[1:])))
+
+
+def train_device(recipe: Mapping[str, Any], section: str) -> str | None:
+    """Return the device that a recipe's section names, if any."""
+    found = dict(recipe.get(section) or {}).get("device")
+    return None if found is None else str(found)
 
 
 def prepare(recipe: str | None, overrides: list[str] | None, seed: int | None, quiet: bool) -> dict[str, Any]:

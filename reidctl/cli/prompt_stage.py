@@ -29,7 +29,7 @@ def command(
 ) -> None:
     """Learn prompts while both encoders are frozen: stage I, before `finetune`. Killed runs continue."""
     merged = o.prepare(recipe, set_, seed, quiet)
-    o.spread(devices, device)
+    o.spread(devices, device or o.train_device(merged, "prompt"))
     from reidctl.runs import Run
     from reidctl.stages import prompt_stage
 

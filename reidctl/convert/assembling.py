@@ -57,8 +57,13 @@ def convert(path: Path, *, form: str = "auto", asked: Asked, told: Told, words: 
         UsageError: an unknown form or model, or other people or cameras than the checkpoint has.
         DataError: a file that cannot be read safely, or whose tensors do not fit, with their numbers.
     """
+    if asked.image_size is not None and min(asked.image_size) < 1:
+        raise UsageError(f"An image of {asked.image_size[0]}x{asked.image_size[1]} pixels is none.")
     published = read(path)
     where = str(path)
+    broken = [name for name, value in published.weights.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise DataError(f"{path} holds numbers that are not finite, in {len(broken)} tensors (first: {broken[0]}).")
     chosen = form_of(published.weights, form, where)
     renamed = rename(published.weights, chosen, where)
     weights, notes = _with_words(renamed, chosen, words, where)
@@ -76,8 +81,15 @@ def convert(path: Path, *, form: str = "auto", asked: Asked, told: Told, words: 
         taken=len(renamed.weights),
         dropped=renamed.dropped,
         initial=initial,
-        notes=[*notes, *seen, *heads.notes],
+        notes=[*notes, *seen, *heads.notes, *_headless(chosen, heads)],
     )
+
+
+def _headless(form: Form, heads: Heads) -> list[str]:
+    """A note where a method with heads got none from the file: it retrieves, and trains on from nothing there."""
+    if form.method == "clip" or any(not name.startswith("backbone.") for name in heads.weights):
+        return []
+    return [f"No head of {form.name} is in the file: is it a plain CLIP (--from open-clip or mllm4text)?"]
 
 
 def _with_words(renamed: Renamed, form: Form, words: Path | None, where: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -21,6 +21,10 @@ def draw_rates(rates: list[float], objectives: list[float], suggested: float | N
     axes = figure.subplots()
     axes.plot(rates, objectives, color=SERIES[0], linewidth=1.8)
     axes.set_xscale("log")
+    if objectives:
+        # The end blows up; what matters is the fall before it.
+        start, low = objectives[0], min(objectives)
+        axes.set_ylim(low - 0.1 * max(start - low, 1e-6), start + 0.5 * max(start - low, 1e-6))
     axes.set_xlabel("train.lr", color=INK)
     axes.set_ylabel("objective, smoothed", color=INK)
     axes.grid(color=GRID, linewidth=0.6)

@@ -26,6 +26,8 @@ from reidctl.stages.sources import DataSettings, Source
 from reidctl.training.batches import epoch_batches
 from reidctl.training.config import PromptConfig, TrainConfig
 from reidctl.training.loop import Outcome
+from reidctl.training.optimizer import require_groups
+from reidctl.training.sharding import require_shardable
 
 
 class BackboneSettings(Section):
@@ -321,6 +323,17 @@ def _prepare_images(backbone: Backbone, towers: BackboneSettings, training: Trai
     if warning:
         log.warning(warning)
     backbone.prepare_images(mean=mean, std=std, interpolation=training.augment.interpolation)
+
+
+def require_trainable(model: Method, stage: str, training: TrainConfig) -> None:
+    """Refuse what the loop would refuse when the old result is gone: rules that fit nothing, FSDP that cannot be.
+
+    Raises:
+        UsageError: it is so.
+    """
+    require_groups(model, stage, training)
+    if training.parallel == "fsdp" and parallel.place().world > 1:
+        require_shardable(model, training)
 
 
 def require_losses(model: Method, stage: str) -> None:

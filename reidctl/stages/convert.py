@@ -167,6 +167,13 @@ def _settings(found: Converted, said: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _start(found: Converted) -> dict[str, Any]:
+    """The settings of `backbone` with which a training starts from it."""
+    towers = found.method.backbone.config
+    stride = {} if towers.stride is None else {"stride": towers.stride}
+    return {"spec": towers.spec, "image_size": list(towers.image_size), **stride}
+
+
 def _facts(run: Run, file: Path, found: Converted) -> dict[str, Any]:
     return {
         "source": SOURCE,
@@ -185,6 +192,7 @@ def _facts(run: Run, file: Path, found: Converted) -> dict[str, Any]:
         "taken": found.taken,
         "dropped": found.dropped,
         "initial": found.initial,
+        "to_train": {"method": found.method.name, **_start(found)},
         "towers": {
             "spec": found.method.backbone.config.spec,
             "image_size": list(found.method.backbone.image_size),

@@ -1,6 +1,7 @@
 """`finetune`: train a retrieval model; the epoch is chosen on validation people."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,6 @@ from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
 from reidctl.training.config import TrainConfig
 from reidctl.training.loop import Outcome, Trainer, Validate
-from reidctl.training.optimizer import require_groups
 from reidctl.training.state import kept_epochs, require_state
 from reidctl.training.tracking import require_trackers
 
@@ -97,6 +97,7 @@ def prepare(
     """
     recipe = building.resolve(recipe, method)
     checked = building.check(recipe)
+    run.check_writable()
     training = checked.training if device is None else checked.training.replace(device=device)
     require_trackers(training)
     target = resolve_device(training.device)
@@ -138,7 +139,7 @@ def load(asked: Prepared) -> Loaded:
     chosen = corpus.of_split(training.select)
     model = building.build_model(train, checked, training, seed)
     building.require_losses(model, STAGE)
-    require_groups(model, STAGE, training)
+    building.require_trainable(model, STAGE, training)
     # The first process finds phrases and keeps them; the others read what it kept.
     with parallel.first_then_others():
         phrases = building.find_phrases(asked.run, asked.source, checked.phrases) if model.reads_phrases else None
@@ -190,9 +191,15 @@ def run(
             require_state(asked.folder / "last" / "state.pt", asked.fingerprint)
         started = datetime.now(UTC)
         loaded = load(asked)
-        parallel.first_does(lambda: _clear(asked, force))
-        outcome = _train(asked, loaded)
-        record = parallel.first_does(lambda: _finish(asked, loaded, outcome, started))
+        with ExitStack() as held:
+
+            def clear() -> None:
+                held.enter_context(run.locked(STAGE))
+                _clear(asked, force)
+
+            parallel.first_does(clear)
+            outcome = _train(asked, loaded)
+            record = parallel.first_does(lambda: _finish(asked, loaded, outcome, started))
     return {**record, "status": "done"}
 
 

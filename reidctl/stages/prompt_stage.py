@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from reidctl.stages.building import Settings
 from reidctl.stages.sources import Source, find_source
 from reidctl.training.config import PromptConfig
 from reidctl.training.loop import Outcome, Trainer
-from reidctl.training.optimizer import require_groups
 from reidctl.training.state import require_state
 from reidctl.training.tracking import require_trackers
 
@@ -69,6 +69,7 @@ def run(
     recipe = building.resolve(recipe, method)
     checked = building.check(recipe)
     _check(checked)
+    run.check_writable()
     training = checked.prompts if device is None else checked.prompts.replace(device=device)
     require_trackers(training)
     target = resolve_device(training.device)
@@ -90,7 +91,9 @@ def run(
             return {**current, "status": "up-to-date"}
         if resume:
             require_state(run.stage_dir(STAGE) / "last" / "state.pt", fingerprint(resolved, inputs))
-        record = _learn(run, checked, training, target, source, seed, resolved, inputs, notes, force)
+        with ExitStack() as held:
+            parallel.first_does(lambda: held.enter_context(run.locked(STAGE)))
+            record = _learn(run, checked, training, target, source, seed, resolved, inputs, notes, force)
     return {**record, "status": "done"}
 
 
@@ -112,7 +115,7 @@ def _learn(
     train = training_part(corpus.of_split("train"), checked.handling.part)
     model = building.build_model(train, checked, training, seed)
     building.require_losses(model, STAGE)
-    require_groups(model, STAGE, training)
+    building.require_trainable(model, STAGE, training)
     samples = building.training_set(train, model, training, seed)
     building.require_batches(samples, training, seed)
     folder = run.stage_dir(STAGE)

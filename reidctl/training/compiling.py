@@ -1,6 +1,7 @@
 """`torch.compile` for the Transformer blocks, where it works."""
 
 import torch
+from torch._functorch import config as functorch
 
 from reidctl.backbones.base import Tower
 from reidctl.console import log
@@ -15,6 +16,8 @@ def compile_blocks(method: Method, config: TrainConfig) -> bool:
     forwards and backwards, before training begins; where the compiler fails the blocks stay as they are and the
     reason is logged.
     """
+    # Reporting and GradNorm differentiate losses before the step does, so graphs must survive a backward pass.
+    functorch.donated_buffer = False
     towers: list[Tower] = [method.backbone.image, method.backbone.text]
     done: list[Tower] = []
     try:
@@ -38,6 +41,8 @@ def _try(tower: Tower, config: TrainConfig) -> None:
     tokens = torch.zeros(2, 3, tower.width, device=weight.device, requires_grad=True)
     with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
         found, _ = tower.through(tower.blocks[0], tokens, None, False)
-    found.float().sum().backward()  # type: ignore[no-untyped-call]
+    total = found.float().sum()
+    torch.autograd.grad(total, weight, retain_graph=True, allow_unused=True)
+    total.backward()  # type: ignore[no-untyped-call]
     for parameter in tower.blocks[0].parameters():
         parameter.grad = None

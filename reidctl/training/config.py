@@ -45,26 +45,26 @@ class TrainConfig(Section):
     """Update all weights in one kernel; None: on a GPU only. On a CPU it is several times faster too, and rounds
     differently."""
     lr: float = Field(1e-5, ge=0)
-    lr_text: float | None = None
+    lr_text: float | None = Field(None, ge=0)
     """Learning rate of the text tower; None: `lr`."""
-    lr_new: float | None = None
+    lr_new: float | None = Field(None, ge=0)
     """Learning rate of everything that is not a tower; None: five times `lr`."""
-    lr_prompt: float | None = None
+    lr_prompt: float | None = Field(None, ge=0)
     """Learning rate of prompt tokens; None: `lr_new`."""
-    bias_lr_factor: float = 2.0
+    bias_lr_factor: float = Field(2.0, ge=0)
     """Biases learn this much faster, without weight decay."""
     decay_biases: bool = False
     """Biases have weight decay too, as in CLIP-ReID's code."""
     groups: tuple[ParameterRule, ...] = ()
     """Rules for parameters by name, over what the rates above say; where several match, the last one wins."""
-    weight_decay: float = 4e-5
+    weight_decay: float = Field(4e-5, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    eps: float = Field(1e-8, gt=0)
     warmup_epochs: float = Field(5, ge=0)
-    warmup_factor: float = 0.1
+    warmup_factor: float = Field(0.1, ge=0, le=1)
     schedule: Literal["cosine", "constant", "step", "exponential"] = "cosine"
     milestones: tuple[int, ...] = (20, 50)
-    gamma: float = 0.1
+    gamma: float = Field(0.1, gt=0)
     """Factor at each milestone (`step`) or each epoch (`exponential`)."""
     final_factor: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a factor on the rate."""
@@ -75,7 +75,7 @@ class TrainConfig(Section):
     before each epoch."""
     schedule_by: Literal["epoch", "step"] = "epoch"
     """Whether the rate changes after each epoch, as published, or smoothly after each step."""
-    clip_grad_norm: float | None = None
+    clip_grad_norm: float | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the towers in bfloat16 (autocast); weights, optimiser and losses stay in float32."""
     accumulate: int = Field(1, ge=1)
@@ -111,11 +111,18 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     tensorboard: bool = False
     """Write the history for TensorBoard too, to `STAGE/tensorboard` (needs the package tensorboard)."""
-    wandb: str | None = None
+    wandb: str | None = Field(None, min_length=1)
     """Send the history to this project of Weights & Biases too (needs the package wandb)."""
     shuffle_labels: bool = False
     """Give every person the texts of another, or images of anybody where no text is read: the control run that must
     stay at chance."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("two numbers from 0 up to, but not, 1 are needed")
+        return value
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "TrainConfig":
@@ -133,13 +140,13 @@ class PromptConfig(TrainConfig):
 
     epochs: int = Field(10, ge=0)
     lr: float = Field(5e-5, ge=0)
-    lr_new: float | None = 5e-5
-    lr_prompt: float | None = 0.02
-    bias_lr_factor: float = 1.0
-    weight_decay: float = 0.0
+    lr_new: float | None = Field(5e-5, ge=0)
+    lr_prompt: float | None = Field(0.02, ge=0)
+    bias_lr_factor: float = Field(1.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
     warmup_epochs: float = Field(0, ge=0)
     schedule: Literal["cosine", "constant", "step", "exponential"] = "exponential"
-    gamma: float = 0.8
+    gamma: float = Field(0.8, gt=0)
     cache: Literal["fp16", "fp32", "off"] = "fp16"
     """Compute what the frozen encoders give once and keep it on disk while the stage runs, in this precision; images
     are then not augmented. `off` computes it at every step, with augmentation."""

@@ -145,7 +145,9 @@ class Trainer:
     def _train(self, first: int) -> None:
         # One epoch tells the length of all: they differ by a few batches at most.
         plan = self.feed.plan(first)
-        if self.config.compile and self.sharded is None:
+        if self.config.compile and self.sharded is not None:
+            log.warning("train.compile is left out: blocks that are shared out (fsdp) are not compiled.")
+        elif self.config.compile:
             compile_blocks(self.method, self.config)
         self.step = Step(self.method, self.optimizer, self.config, self.stage, self.sharded)
         with open_trackers(self.config, self.folder, self.stage) as self.tracker:
@@ -407,8 +409,9 @@ class Trainer:
         log.info(f"Continuing {after} of {self.config.epochs}.")
         if done.world != self.place.world:
             log.warning(
-                f"This training ran on {done.world} device(s) so far and goes on with {self.place.world}: the batches "
-                "are the same, random masks and dropout are not, and sums are rounded differently."
+                f"This training ran on {done.world} device(s) so far and goes on with {self.place.world}: what is "
+                "drawn at random and how sums are rounded differ from here on; batches are the same as far as they "
+                "divide."
             )
 
     def _restore_best(self) -> None:

@@ -115,10 +115,12 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}).", hint="Start over with --force.") from None
+    if not isinstance(state, dict) or "fingerprint" not in state:
+        raise DataError(f"{path} is not the state of a training.", hint="Start over with --force.")
     if state["fingerprint"] != fingerprint:
         log.info("The settings or inputs changed since the last training here: starting over.")
         return None
-    if "progress" not in state:
+    if not {"progress", "method", "optimizer", "training_state", "average", "epoch"} <= set(state):
         log.info("The last training here was stopped under another version of reidctl: starting over.")
         return None
     return state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reidctl import tables
+from reidctl import parallel, tables
 from reidctl.batch import Batch
 from reidctl.errors import DataError
 
@@ -70,17 +70,21 @@ class Watch:
         self._stop(first, bad)
 
     def _stop(self, seen: _Seen, bad: str) -> None:
+        # All processes see the same numbers and stop together: the batch is that of all of them.
+        pairs = parallel.everyone([list(seen.image_id), list(seen.text_id)])
+        image_id, text_id = ([name for own in pairs for name in own[kind]] for kind in (0, 1))
         path = self.folder / "not_finite.json"
         facts: dict[str, Any] = {
             "epoch": seen.epoch,
             "step": seen.step,
             "losses": {name: str(float(value)) for name, value in zip(seen.names, seen.values, strict=True)},
-            "image_id": list(seen.image_id),
-            "text_id": list(seen.text_id),
+            "image_id": image_id,
+            "text_id": text_id,
         }
-        tables.write_text(path, json.dumps(facts, indent=2) + "\n")
+        if parallel.is_first():
+            tables.write_text(path, json.dumps(facts, indent=2) + "\n")
         raise DataError(
             f"`{bad}` is not finite at step {seen.step} (epoch {seen.epoch + 1}), in the batch that starts with "
-            f"image `{seen.image_id[0] if seen.image_id else '?'}`; the whole batch is listed in {path}.",
+            f"image `{image_id[0] if image_id else '?'}`; the whole batch is listed in {path}.",
             hint="Lower train.lr or set train.clip_grad_norm; with other settings the training starts over.",
         )

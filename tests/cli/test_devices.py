@@ -125,6 +125,68 @@ def test_a_process_that_is_killed_is_named(tmp_path, capfd, monkeypatch):
     assert "process 0 of 2 was killed (signal 9)" in capfd.readouterr().err
 
 
+FAILING = """
+import os, sys
+from reidctl.training import feed
+plain = feed.Feed._batch
+def broken(self, keys):
+    if os.environ.get("RANK") == "1":
+        {what}
+    return plain(self, keys)
+feed.Feed._batch = broken
+from reidctl.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        (
+            "from reidctl.errors import DataError; raise DataError('Image x cannot be read.')",
+            3,
+            "Image x cannot be read.",
+        ),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 of 2 was killed (signal 9)"),
+    ],
+)
+def test_what_stops_another_process_than_the_first_is_told(data, tmp_path, monkeypatch, capfd, what, code, said):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.replace("{what}", what))
+    plain = subprocess.Popen
+
+    def start(command, **more):
+        return plain([sys.executable, script, *command[3:]], **more)
+
+    monkeypatch.setattr(devices.subprocess, "Popen", start)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["finetune", "--run", tmp_path / "run", "--data", data, *SMALL]
+    assert devices.launch(2, list(map(str, arguments))) == code
+    err = capfd.readouterr().err
+    assert said in err and "Traceback" not in err and "Another process of this training has failed." in err
+    assert not (tmp_path / "run" / "finetune" / "stage.json").exists()
+
+
+@pytest.mark.slow
+def test_processes_die_with_the_one_that_started_them(data, tmp_path):
+    arguments = ["finetune", "--run", tmp_path, "--data", data, *SMALL, "--set", "train.epochs=400", "--devices", "2"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "reidctl", *map(str, arguments)], stderr=subprocess.DEVNULL, env=environment()
+    )
+    state = tmp_path / "finetune" / "last" / "state.pt"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
+    child.kill()
+    child.wait()
+    assert len(children) == 2
+    while any(os.path.exists(f"/proc/{number}") for number in children) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(os.path.exists(f"/proc/{number}") for number in children)
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [

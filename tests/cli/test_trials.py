@@ -65,6 +65,17 @@ def test_resuming_without_a_stopped_training_is_refused(data, tmp_path):
     [
         (("--dry-run", "--overfit"), "two different trials"),
         (("--find-lr", "--steps", "3"), "--steps"),
+        (("--find-lr", "--devices", "2"), "`--devices` has no use beside --find-lr"),
+        (("--overfit", "--resume"), "`--resume` has no use beside --overfit"),
+        (("--dry-run", "--force"), "`--force` has no use beside --dry-run"),
+        (("--sheet", "x.png"), "`--sheet` has no use without --dry-run"),
+        (("--set", "train.betas=[1.5,0.9]"), "betas"),
+        (("--set", "train.eps=0"), "eps"),
+        (("--set", "train.weight_decay=-1"), "weight_decay"),
+        (("--set", "train.lr_new=-1"), "lr_new"),
+        (("--set", "train.clip_grad_norm=0"), "clip_grad_norm"),
+        (("--set", "train.warmup_factor=-5"), "warmup_factor"),
+        (("--set", "train.gamma=-1"), "gamma"),
         (("--devices", "0"), "--devices"),
         (("--find-lr", "--set", "train.lr=0"), "train.lr above 0"),
         (("--set", "train.ema=1.0"), "ema"),
@@ -75,3 +86,26 @@ def test_resuming_without_a_stopped_training_is_refused(data, tmp_path):
 def test_bad_trials_are_refused_in_one_sentence(data, tmp_path, more, said):
     refused(2, said, args=words(tmp_path, data, *more))
     assert not (tmp_path / "finetune").exists()
+
+
+def test_a_wrong_setting_leaves_a_finished_result_alone(data, tmp_path):
+    assert finetune(tmp_path, data).code == 0
+    record = (tmp_path / "finetune" / "stage.json").read_bytes()
+    rules = "train.groups=[{match: 'nothing', factor: 2.0}]"
+    for more in (("--set", "train.betas=[1.5,0.9]"), ("--set", rules), ("--set", "train.eps=-1")):
+        refused(2, args=words(tmp_path, data, *more))
+        assert (tmp_path / "finetune" / "stage.json").read_bytes() == record
+
+
+def test_two_trainings_in_one_folder_are_refused(data, tmp_path):
+    from reidctl.runs import Run
+
+    with Run(tmp_path).locked("finetune"):
+        refused(3, "Another process is training in", args=words(tmp_path, data))
+    assert finetune(tmp_path, data).code == 0
+
+
+def test_a_run_that_cannot_be_written_is_found_out_before_training(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    for more in ((), ("--dry-run",), ("--find-lr",)):
+        refused(3, "cannot be a run", args=words(tmp_path / "file" / "run", data, *more))

@@ -575,7 +575,8 @@ def test_the_command_says_what_was_taken_and_what_to_type_next(tmp_path, theirs)
     assert shown.exit_code == 0
     assert "is rde: rde" in shown.stdout and f"tensors: {taken} taken, 12 dropped, 0 missing" in shown.stdout
     assert "dropped visul_emb_layer.linear.weight: its code never calls this layer" in shown.stdout
-    assert f"--set backbone.start={folder} --set backbone.spec=clip:" in shown.stdout
+    assert "to train on: reidctl finetune --method rde --set 'backbone.start=" in shown.stdout
+    assert "--set 'backbone.image_size=[64, 32]'" in shown.stdout
     again = json.loads(runner.invoke(app, [*given, "--json"], catch_exceptions=False).stdout)
     assert (again["status"], again["form"], again["taken"]) == ("up-to-date", "rde", taken)
     assert again["towers"]["grid"] == [4, 2] and again["towers"]["activation"] == "QuickGELU"

@@ -1,5 +1,7 @@
 """Training on several processes: the loop, its files, and how it goes on with another number of them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from reidctl.augment import AugmentConfig
 from reidctl.backbones.weights import build
 from reidctl.data import TrainingSet
 from reidctl.embedding import embed_gallery, embed_queries
+from reidctl.errors import UsageError
 from reidctl.methods.base import build_method
 from reidctl.training.config import TrainConfig
 from reidctl.training.loop import Trainer
@@ -234,6 +237,40 @@ def test_the_place_is_the_launcher_s(env, expected, monkeypatch):
         monkeypatch.setenv(name, value)
     found = parallel.announced()
     assert (found.rank, found.world, found.local) == expected
+
+
+def test_a_place_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="RANK=x and WORLD_SIZE=2"):
+        parallel.announced()
+
+
+def _first_fails(rank):
+    try:
+        with parallel.first_then_others():
+            if rank == 0:
+                raise ValueError("no phrases")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_what_the_first_process_could_not_prepare_stops_the_others():
+    assert in_processes(_first_fails) == ["ValueError: no phrases", "UsageError: The first process failed: no phrases"]
+
+
+def _not_finite(rank, blocks, folder):
+    one = trainer(blocks, folder, SMALL.replace(lr=1e30))
+    try:
+        one.run()
+    except Exception as error:
+        return str(error)
+
+
+def test_a_batch_that_is_not_finite_is_told_whole(blocks, tmp_path):
+    said = in_processes(_not_finite, blocks, tmp_path)
+    listed = json.loads((tmp_path / "not_finite.json").read_text())["image_id"]
+    assert len(listed) == 8 and said[0] == said[1] and f"image `{listed[0]}`" in said[0]
 
 
 @pytest.mark.parametrize(
