@@ -4,6 +4,7 @@ Every function works in a single process too, where it does nothing. Processes m
 `reidctl finetune --devices N` starts them (`reidctl/cli/devices.py`).
 """
 
+import gc
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -112,12 +113,12 @@ def joined(device: str) -> Iterator[Place]:
     if found.world == 1 or _active():
         yield place()
         return
-    require_devices(device, found.local + 1)
+    require_devices(device, _gpu(found.local) + 1)
     for name, value in _meeting(os.environ, found).items():
         os.environ.setdefault(name, value)
     cuda = device == "cuda"
     if cuda:
-        torch.cuda.set_device(found.local)
+        torch.cuda.set_device(_gpu(found.local))
     # Numbers of the host (sizes, seeds) are exchanged over gloo, so that nobody waits for a GPU.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     _watch_parent(os.environ.get(PARENT))
@@ -128,10 +129,17 @@ def joined(device: str) -> Iterator[Place]:
         if not _is_lost(error):
             raise
         raise LostPeer("Another process of this training has failed.", hint="Its own message says why.") from None
-    finally:
-        # A group that lost somebody cannot be taken apart in order.
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+    # Only in order: with a failure on its way out, taking the group apart would wait for the others. None leaves before
+    # all are done, and nothing that holds the group (DDP) outlives it: its threads would abort the interpreter's end.
+    wait()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _gpu(local: int) -> int:
+    """The number of this process's GPU: Slurm may show each task its own one alone."""
+    alone = "SLURM_PROCID" in os.environ and "RANK" not in os.environ and torch.cuda.device_count() == 1
+    return 0 if alone else local
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -192,7 +200,7 @@ def first_host(hosts: str) -> str:
 def own_device(device: torch.device) -> torch.device:
     """Return this process's own one of several CUDA devices; a CPU, or a single process's device, as it is."""
     here = place()
-    return torch.device("cuda", here.local) if device.type == "cuda" and here.world > 1 else device
+    return torch.device("cuda", _gpu(here.local)) if device.type == "cuda" and here.world > 1 else device
 
 
 # What processes tell each other

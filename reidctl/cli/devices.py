@@ -83,6 +83,8 @@ def _failure(children: Sequence["subprocess.Popen[bytes]"], logs: Sequence[Binar
     codes = [child.poll() or 0 for child in children]
     ranks = [*order, *(rank for rank in range(len(codes)) if rank not in order)]
     failed = min((rank for rank in ranks if codes[rank]), key=lambda rank: (codes[rank] == _LOST, ranks.index(rank)))
+    # What all of them refuse, process 0 has said already.
+    failed = 0 if codes[0] == codes[failed] else failed
     if failed:
         logs[failed - 1].seek(0)
         sys.stderr.write(logs[failed - 1].read().decode("utf-8", "replace"))

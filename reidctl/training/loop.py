@@ -160,6 +160,9 @@ class Trainer:
                     self._epoch(plan if epoch == first else self.feed.plan(epoch), advance)
                     if self.progress.stopped:
                         break
+        # What holds the group of processes must not outlive it.
+        self.method.gradients = local_gradients
+        del self.step
 
     def _untrained(self) -> None:
         """Zero-shot: validate the weights as they are."""
