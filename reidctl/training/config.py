@@ -42,7 +42,7 @@ class TrainConfig(Section):
     optimizer: Literal["adam", "adamw"] = "adam"
     """`adam` couples weight decay with the gradient, as IRRA, CLIP-ReID and BDAM do."""
     fused: bool | None = None
-    """Update all weights in one kernel; None: on a GPU only. On a CPU it is several times faster too, and rounds
+    """Update all weights in one kernel; None: on a GPU only. On a CPU it is faster too, and rounds
     differently."""
     lr: float = Field(1e-5, ge=0)
     lr_text: float | None = Field(None, ge=0)

@@ -30,7 +30,8 @@ class RateSearch:
     Attributes:
         rates: values of `train.lr`, rising; the other rates keep their ratio to it.
         objectives: the weighted sum of the losses at each, smoothed.
-        suggested: the middle of the fifth of the search over which the objective fell most; None if it never fell.
+        suggested: the middle of the fifth of the search, before any jump up, over which the objective fell most; None if
+            it never fell.
     """
 
     rates: list[float]
@@ -141,9 +142,16 @@ def find_rate(
 
 
 def _steepest(rates: list[float], objectives: list[float]) -> float | None:
-    """The middle of the fifth of the search over which the objective falls most; None if it never falls."""
-    width = max(len(rates) // 5, 1)
-    falls = [(objectives[place + width] - objectives[place], place) for place in range(len(rates) - width)]
+    """The middle of the fifth of the search over which the objective falls most; None if it never falls.
+
+    Only what comes before the first jump up counts, by a quarter of the whole range in one step: features that have
+    collapsed there give an objective that sinks to a constant.
+    """
+    jump = (max(objectives, default=0.0) - min(objectives, default=0.0)) / 4
+    steps = itertools.pairwise(objectives)
+    end = next((place for place, (one, other) in enumerate(steps, 1) if other - one > jump > 0), len(rates))
+    width = max(end // 5, 1)
+    falls = [(objectives[place + width] - objectives[place], place) for place in range(end - width)]
     if not falls or min(falls)[0] >= 0:
         return None
     place = min(falls)[1]

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reidctl import parallel
 from reidctl.errors import UsageError
@@ -25,15 +25,14 @@ class Tracker:
             writer.write(rows)
 
 
-class Writer:
+class Writer(Protocol):
     """One program."""
 
     def write(self, rows: Sequence[Row]) -> None:
         """Take rows of one step."""
-        raise NotImplementedError
 
 
-class TensorBoard(Writer):
+class TensorBoard:
     """TensorBoard's event files, one scalar per row."""
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +47,7 @@ class TensorBoard(Writer):
         self.events.close()
 
 
-class WeightsAndBiases(Writer):
+class WeightsAndBiases:
     """A run of Weights & Biases; `WANDB_MODE=offline` keeps it on this machine."""
 
     def __init__(self, project: str, folder: Path, stage: str, settings: Mapping[str, Any]) -> None:

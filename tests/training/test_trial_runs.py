@@ -81,6 +81,12 @@ def test_the_steepest_fall_is_that_of_a_hand_made_curve(objectives, place):
     assert found == (None if place is None else pytest.approx(rates[place]))
 
 
+def test_what_sinks_after_a_jump_up_is_no_fall():
+    rates = [10.0**-number for number in range(10, 0, -1)]
+    found = _steepest(rates, [9.0, 9.0, 8.0, 5.0, 4.0, 3.5, 9.0, 5.0, 1.0, 1.0])
+    assert found == pytest.approx((rates[2] * rates[3]) ** 0.5)
+
+
 def test_a_rate_of_nothing_has_no_ratio(blocks):
     method, feed = made(blocks)
     with pytest.raises(UsageError, match=r"train\.lr above 0"):
