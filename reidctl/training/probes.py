@@ -30,8 +30,8 @@ class RateSearch:
     Attributes:
         rates: values of `train.lr`, rising; the other rates keep their ratio to it.
         objectives: the weighted sum of the losses at each, smoothed.
-        suggested: the middle of the fifth of the search, before any jump up, over which the objective fell most; None if
-            it never fell.
+        suggested: the middle of the fifth of the search, before any jump up, over which the objective fell most;
+            None if it never fell.
     """
 
     rates: list[float]
